@@ -1,0 +1,34 @@
+"""Named ablations: what one line changes of a config. --config=configs/zero.py:NAME"""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no_kl": {"grpo.kl_coef": 0.0},
+    "no_std": {"grpo.normalize_std": False},
+    "no_format": {"rewards.format": 0.0},
+    "sequence_ratio": {"grpo.ratio_level": "sequence", "grpo.aggregation": "sequence"},
+    "token_mean": {"grpo.aggregation": "token_mean"},
+    "dr_grpo": {"grpo.aggregation": "constant_length", "grpo.normalize_std": False},
+    "clip_higher": {"grpo.clip_eps_high": 0.28},
+    "on_policy": {"rl.minibatches": 1},
+    "no_replay": {"rl.router_replay": False},
+    "no_sharing": {"rl.share_prompt": False},
+    "dynamic_sampling": {"rl.dynamic_sampling": True},
+}
+
+
+def apply(config: ConfigDict, name: str) -> ConfigDict:
+    """The config with the named ablation (none for an empty name).
+
+    Raises:
+        ValueError: no such ablation.
+    """
+    if name and name not in ABLATIONS:
+        near = difflib.get_close_matches(name, ABLATIONS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no ablation {name!r}{hint}. configs/ablations.py has {', '.join(ABLATIONS)}")
+    config.update_from_flattened_dict(ABLATIONS.get(name, {}))
+    return config

@@ -1,0 +1,126 @@
+"""Every key with its unit and default; the other configs hold only what differs.
+
+Published values of DeepSeek-R1-Zero (arXiv 2501.12948) are marked *reported*, the rest is *our choice*.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults of every run."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            # Stages run in this order, each from what the one before left: pretrain, reasoning_rl.
+            "stages": ("reasoning_rl",),
+            "model": {
+                "path": "",  # a released-model folder; empty: the base that is packaged with r1jax
+                "name": "tiny",  # of configs/models.py; only what starts from nothing (pretrain) reads it
+                "compute_dtype": "float32",  # of activations and of the weights while they are used: float32, bfloat16
+                "cache_dtype": "float32",  # of the sampler's cache
+                "remat": "none",  # what the backward pass computes again: none, dots, full
+                "scan_unroll": 1,  # layers per step of the scan over layers
+            },
+            # Devices along each axis; one may be -1: whatever is left.
+            "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
+            "data": {
+                "source": "countdown",  # countdown, PATH.jsonl, tfds:NAME, reasoning_gym:FAMILY
+                "split": "rl",  # prompts for training
+                "eval_split": "test",  # problems for evaluation, never trained on
+                "eval_source": "",  # empty: the same source
+                "question_column": "question",
+                "answer_column": "answer",
+                "id_column": "",  # empty: "id" where there is one, else the line's number
+                "level_column": "",  # difficulty, a number; empty: none
+                "grader": "math",  # of rewards: how answers of a file are graded
+                "template": "r1_zero",  # of text.TEMPLATES
+                "max_prompt_tokens": 1024,  # a longer prompt is an error
+                "gym_size": 2000,  # problems that reasoning-gym generates
+            },
+            # Weight of each reward: a name of r1jax.rewards, package.module:function or path/to/file.py:function.
+            "rewards": {"accuracy": 1.0, "format": 1.0},  # reported: equal weights
+            "grading": {
+                "workers": 1,  # processes; 0 grades in the trainer itself, unprotected
+                "timeout_s": 10.0,  # per completion
+            },
+            "sampler": {
+                "slots": 512,  # completions decoded side by side
+                "tokens_per_dispatch": 64,  # at most, between two looks of the host
+                "cache_bucket": 64,  # tokens; the smallest cache length
+                "prefill_prompts": 32,  # prompts read at once
+                "refill_share": 0.125,  # share of free slots at which they are filled again
+            },
+            "rl": {
+                "updates": 10_400,  # reported
+                "prompts_per_update": 32,  # reported
+                "group_size": 16,  # reported
+                "minibatches": 16,  # updates per rollout, reported
+                "max_completion_tokens": 32_768,  # reported
+                "length_schedule": ((8200, 65_536),),  # (from update, max_completion_tokens), reported
+                "temperature": 1.0,  # reported
+                "reference_every": 400,  # updates between replacements of the reference by the policy, reported
+                "dynamic_sampling": False,  # sample again for groups without a signal (DAPO, arXiv 2503.14476)
+                "dynamic_sampling_rounds": 3,  # at most, per rollout
+                "router_replay": True,  # train with the experts that the sampler chose
+                "share_prompt": True,  # a group's prompt is computed once per packed row
+                "row_tokens": 0,  # length of a packed row; 0: the longest prompt and completion that may come
+                "microbatch_rows": 0,  # rows whose gradient is taken at once; 0: all of a minibatch
+                "stop_texts": (),  # completions end where one of these comes up
+            },
+            "grpo": {
+                "kl_coef": 0.001,  # reported
+                "kl_estimator": "k3",  # k1, k2, k3 (reported), k3_corrected
+                "clip_eps_low": 0.2,
+                "clip_eps_high": 0.2,
+                "ratio_level": "token",  # see grpo.RATIO_LEVELS
+                "aggregation": "per_sequence_token_mean",  # see grpo.AGGREGATIONS
+                "importance_cap": 2.0,  # truncated importance sampling against the sampler; None: off
+                "normalize_std": True,  # reported
+                "std_ddof": 0,
+                "overlong": "none",  # none, mask, soft
+                "overlong_soft_tokens": 0,
+            },
+            "optim": {
+                "learning_rate": 3e-6,  # reported
+                "warmup_steps": 0,
+                "schedule": "constant",  # constant, cosine
+                "decay_steps": 0,
+                "final_share": 0.1,
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "grad_clip_norm": 1.0,
+                "non_finite_limit": 10,  # skipped steps in a row before the run stops
+                "router_bias_rate": 0.0,  # per step, against the experts' load
+            },
+            "pretrain": {
+                "corpus": "",  # folder made by python -m r1jax.corpus
+                "valid_corpus": "",  # the same, of another seed
+                "steps": 2000,
+                "rows": 32,  # packed rows per step
+                "row_tokens": 192,
+                "mtp_weight": 0.3,  # of multi-token prediction in the loss (DeepSeek-V3: 0.3, then 0.1)
+                "valid_every": 250,  # steps
+                "valid_rows": 64,
+            },
+            "checkpoint": {
+                "save_every": 20,  # optimizer steps; RL saves at the end of a rollout
+                "keep": 2,  # newest checkpoints
+                "keep_every": 0,  # steps whose multiples stay for ever; 0: none
+            },
+            "eval": {
+                "problems": 512,  # of the evaluation split, the first in a fixed order; 0: no evaluation
+                "samples": 16,  # per problem
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "max_completion_tokens": 0,  # 0: as in training at that time
+                "every": 0,  # updates between evaluations; 0: before the first and after the last only
+            },
+            "log": {
+                "sample_every": 5,  # updates between two completions shown
+                "rollout_groups": 4,  # groups of each rollout that are written out in full
+            },
+        }
+    ).lock()

@@ -1,0 +1,70 @@
+"""pass@1 as a mean over k samples, pass@k without bias, majority vote, with confidence intervals.
+
+pass@k: Chen et al. 2021 (arXiv 2107.03374), equation 1. cons@k: the R1 report's majority vote (section 2.2.4).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from r1jax.rollout import Group, as_array, majority_is_right
+from r1jax.text import reflective_words
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of k samples, drawn from `samples` of which `correct` are right, is right."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% confidence interval of a mean over problems (normal approximation), cut to 0..1."""
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.5
+    return max(0.0, values.mean() - half), min(1.0, values.mean() + half)
+
+
+def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
+    """The record of an evaluation: what summary.json keeps of it.
+
+    Right is what the reward "accuracy" calls right, or the first reward where there is none of that name.
+    """
+    names = list(groups[0][0].graded.rewards)
+    name = "accuracy" if "accuracy" in names else names[0]
+    right = as_array(groups, lambda s: s.graded.rewards[name]) > 0.5
+    tokens = as_array(groups, lambda s: len(s.completion.tokens))
+    k = right.shape[1]
+    per_problem = right.mean(1)
+    record: dict[str, Any] = {
+        "stage": stage,
+        "step": step,
+        "n_problems": len(groups),
+        "k": k,
+        "pass_at_1": per_problem.mean(),
+        "pass_at_1_ci": interval(per_problem),
+        "cons_at_k": np.mean([majority_is_right(group, name) for group in groups]),
+        "pass_at_k": np.mean([pass_at_k(k, int(row.sum()), k) for row in right]),
+        "mean_completion_tokens": tokens.mean(),
+        "mean_tokens_right": tokens[right].mean() if right.any() else None,
+        "mean_tokens_wrong": tokens[~right].mean() if (~right).any() else None,
+        "truncated_share": as_array(groups, lambda s: s.completion.stop == "length").mean(),
+        "reflective_per_completion": as_array(groups, lambda s: reflective_words(s.text)).mean(),
+        "flagged_share": as_array(groups, lambda s: bool(s.graded.flags)).mean(),
+    }
+    for reward in names:
+        record[f"{reward}_mean"] = as_array(groups, lambda s, r=reward: s.graded.rewards[r]).mean()
+    if "format" in names:
+        record["format_share"] = record.pop("format_mean")
+    levels = [group[0].example.get("level") for group in groups]
+    record["by_level"] = {
+        str(level): {
+            "n_problems": len(rows),
+            "pass_at_1": per_problem[rows].mean(),
+            "mean_completion_tokens": tokens[rows].mean(),
+        }
+        for level in sorted({level for level in levels if level is not None})
+        for rows in [[i for i, one in enumerate(levels) if one == level]]
+    }
+    return {key: float(value) if isinstance(value, np.floating) else value for key, value in record.items()}

@@ -1,0 +1,212 @@
+"""Every line that depends on which process this is, so that no other file asks.
+
+One process drives one host of a pod (jax.distributed, one program on many hosts). What several hosts must decide alike,
+such as stopping, goes through `gather`, `sum_across`, `any_across` or `agree`; all hosts have to call these in the same
+order. With a single process they are the identity.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import importlib.util
+import json
+import os
+import pathlib
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Thing = TypeVar("Thing")
+
+
+def initialize() -> None:
+    """Joins this process to the others; call it before anything touches a device. A single process needs nothing.
+
+    On a TPU pod slice jax finds the others by itself. Anywhere else the environment names them:
+    JAX_COORDINATOR_ADDRESS=host:port, and (unless jax can ask Slurm or Open MPI) JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    of which 0 is the writer.
+
+    Raises:
+        ValueError: the environment names a coordinator but not which of how many processes this is.
+    """
+    if jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
+    elif _has_tpu_chips():
+        # A lone TPU host (Colab) is no cluster that jax knows, and needs none.
+        with contextlib.suppress(ValueError):
+            jax.distributed.initialize()
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable)
+    if value is not None and not value.isdecimal():
+        raise ValueError(f"{variable}={value!r} in the environment: wanted a whole number, from 0")
+    return None if value is None else int(value)
+
+
+def _has_tpu_chips() -> bool:
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
+    return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return jax.process_index()
+
+
+def count() -> int:
+    """How many processes run this program together."""
+    return jax.process_count()
+
+
+def is_writer() -> bool:
+    """Whether this process writes the files that exist once for all: logs, summaries, the config."""
+    return index() == 0
+
+
+def my_share(n: int, key: str) -> slice:
+    """The slice of `n` whole things (prompts, never members of a group) that is this host's; the shares are equal.
+
+    Raises:
+        ValueError: `n` does not divide by the number of hosts; `key` is the config key that sets it.
+    """
+    if n % count():
+        raise ValueError(f"{key} = {n} cannot be shared equally by {count()} hosts; wanted a multiple of {count()}")
+    size = n // count()
+    return slice(index() * size, (index() + 1) * size)
+
+
+def my_part(things: Sequence[Thing]) -> Sequence[Thing]:
+    """This host's part of work that any host could do: every `count()`-th thing, so that no part is much larger."""
+    return things[index() :: count()]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all hosts in the order of their indices: anything that JSON carries, numpy's scalars too."""
+    if count() == 1:
+        return [value]
+    # Bytes, because a device would round 64-bit numbers to 32.
+    text = np.frombuffer(json.dumps(value, default=np.generic.item).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(max(1024, 1 << int(lengths.max()).bit_length()), np.uint8)  # few sizes, so few compilations
+    padded[: len(text)] = text
+    return [
+        json.loads(row[:n].tobytes()) for row, n in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+    ]
+
+
+def sum_across(value: float) -> float:
+    """The sum of a number over all hosts, exact for integers."""
+    return sum(gather(value))
+
+
+def any_across(flag: bool) -> bool:
+    """Whether the flag is set on any host: how one host's SIGTERM becomes everybody's."""
+    return any(gather(bool(flag)))
+
+
+def agree(value: Any) -> Any:
+    """The writer's value, on every host: for what hosts could see differently, such as a listing of files."""
+    return gather(value)[0]
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A host copy of the whole array, on every host, whatever its sharding; it outlives a donation of the array."""
+    if array.is_fully_addressable:
+        return np.array(array)
+    if array.is_fully_replicated:
+        return np.array(array.addressable_data(0))
+    return np.array(multihost_utils.process_allgather(array, tiled=True))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Global arrays from each host's numpy rows: along the axes that `shardings` spreads over hosts, every host passes
+    its own part (what `my_share` gave it), along all other axes everything. `shardings` is one sharding or a tree."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(shardings, np.asarray(x)), tree)
+    return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), tree, shardings)
+
+
+@dataclasses.dataclass
+class Stop:
+    """Whether somebody asked this process to end; the loop reads it between two steps, by `any_across`."""
+
+    requested: bool = False
+
+
+def on_sigterm() -> Stop:
+    """From now on SIGTERM and the first Ctrl-C only set `requested`; a second Ctrl-C ends the process at once.
+
+    To be called from the main thread, after `initialize`, whose coordination service listens to SIGTERM as well.
+    """
+    stop = Stop()
+
+    def note(signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT and stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        # Not print, which may be what the signal interrupted.
+        os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step (Ctrl-C: at once)\n".encode())
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return stop
+
+
+def peak_rss_gb() -> float:
+    """Peak resident memory of this process plus that of each of its living descendants, in GB (1e9 bytes).
+
+    The peaks need not coincide, so this is an upper bound. Where there is no /proc (macOS), this process only.
+    """
+    if not os.path.exists("/proc/self/status"):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    # Not getrusage: what it says of a child starts from the parent's memory at the fork.
+    return sum(_peak_bytes(pid) for pid in _family(os.getpid())) / 1e9
+
+
+def _peak_bytes(pid: int) -> int:
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0  # it ended meanwhile
+    return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        lists = [pathlib.Path(path).read_text() for path in glob.glob(f"/proc/{pid}/task/*/children")]
+    except OSError:
+        lists = []
+    return [pid, *(member for text in lists for child in text.split() for member in _family(int(child)))]
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Writes a file whole or not at all: a reader, or a run killed at any moment, sees the old file or the new one.
+
+    Missing parent folders are made. Text is written as UTF-8. One writer per path at a time.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name has to survive a power cut as well
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

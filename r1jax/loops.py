@@ -1,0 +1,301 @@
+"""The RL loop: the seven moves of one GRPO rollout, one call each (DeepSeekMath, arXiv 2402.03300, algorithm 1; R1 report).
+
+(1) take whole prompts, (2) lay the policy out for decoding and sample, (3) grade while other slots decode, (4) advantages per
+group, (5) old and reference log-probabilities, (6) one update per minibatch, (7) save everything together.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax import grpo, hosts, metrics, minibatches, optim, sharding, updates
+from r1jax.checkpoint import Checkpoints
+from r1jax.data import PromptStream
+from r1jax.rollout import Group, Interrupted, as_array, majority_is_right
+from r1jax.run import Policy, Run, Stopped, check_finite, param_shardings, put_rows, training_state
+from r1jax.text import reflective_words
+from r1jax.types import Example, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig:
+    """The schedule of RL; see configs/base.py for units and sources."""
+
+    updates: int
+    prompts_per_update: int
+    group_size: int
+    minibatches: int
+    max_completion_tokens: int
+    length_schedule: tuple[tuple[int, int], ...]
+    temperature: float
+    reference_every: int
+    dynamic_sampling: bool
+    dynamic_sampling_rounds: int
+    router_replay: bool
+    share_prompt: bool
+    row_tokens: int
+    microbatch_rows: int
+    stop_texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for key in ("prompts_per_update", "group_size", "minibatches", "max_completion_tokens", "reference_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"config.rl.{key} is {getattr(self, key)}, wanted 1 or more")
+        if self.group_size < 2:
+            raise ValueError("config.rl.group_size is 1: a group of one has no baseline, so nothing would be learned")
+        if self.updates % self.minibatches:
+            raise ValueError(
+                f"config.rl.updates ({self.updates}) must be a multiple of config.rl.minibatches ({self.minibatches}), "
+                "the updates of one rollout"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"config.rl.temperature is {self.temperature}; a group needs samples that differ: above 0")
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Groups of one rollout."""
+        return self.prompts_per_update * self.minibatches
+
+    def limit(self, update: int) -> int:
+        """max_completion_tokens in force at this update."""
+        return max([(0, self.max_completion_tokens), *(s for s in self.length_schedule if s[0] <= update)])[1]
+
+    @property
+    def longest(self) -> int:
+        """The largest limit that this run will see."""
+        return max([self.max_completion_tokens, *(n for at, n in self.length_schedule if at < self.updates)])
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; with the arrays of the checkpoint it says everything about the rest of the run."""
+
+    step: int = 0  # optimizer steps done
+    rollout: int = 0  # rollouts done
+    cursor: int = 0  # prompts taken
+
+
+Sampling = Callable[[Params, list[Example], int, int, int], list[Group]]  # params, examples, rollout, cursor, limit
+Evaluation = Callable[[Params, int], None]  # params in the decode layout, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """What the loop calls; made once by the stage."""
+
+    sample: Sampling
+    evaluate: Evaluation
+    update: Callable
+    score: Callable
+    to_decode: Callable[[Params], Params]
+
+
+def rollout_metrics(groups: list[Group], drawn: int, limit: int, seconds: float) -> dict[str, float]:
+    """What a rollout says before anything is trained on it."""
+    reward = as_array(groups, lambda s: s.graded.reward)
+    length = as_array(groups, lambda s: len(s.completion.tokens))
+    flags = [flag.split(":")[0] for group in groups for s in group for flag in s.graded.flags]
+    names = list(groups[0][0].graded.rewards)
+    out = {
+        "reward/mean": reward.mean(),
+        "reward/std": reward.std(),
+        "group/zero_variance_share": np.asarray(grpo.zero_variance(reward)).mean(),
+        "length/mean": length.mean(),
+        "length/max": length.max(),
+        "length/limit": limit,
+        "length/truncated_share": as_array(groups, lambda s: s.completion.stop == "length").mean(),
+        "reflective/per_completion": as_array(groups, lambda s: reflective_words(s.text)).mean(),
+        "throughput/rollout_tokens_per_s": length.sum() * drawn / len(groups) / seconds,
+    }
+    for name in names:
+        values = as_array(groups, lambda s, n=name: s.graded.rewards[n])
+        out |= {f"reward/{name}/mean": values.mean(), f"reward/{name}/std": values.std()}
+    if "accuracy" in names:
+        out["group/majority_share"] = np.mean([majority_is_right(group, "accuracy") for group in groups])
+    for flag in ("timeout", "error", "nan", "died"):
+        if flag in flags:
+            out[f"grading/{flag}_share"] = flags.count(flag) / reward.size
+    return {name: float(value) for name, value in out.items()}
+
+
+def update_metrics(sums: dict[str, Any], learning_rate: float) -> dict[str, float]:
+    """Standard names of one update from its sums."""
+    out = {name: float(value) for name, value in grpo.finish_metrics(sums).items()}
+    out |= {
+        "loss/mean": float(sums["loss"]),
+        "entropy/mean": float(sums["entropy"] / np.maximum(sums["tokens"], 1)),
+        "grad/norm": float(sums["optim/grad_norm"]),
+        "grad/skipped": float(sums["optim/skipped"]),
+        "optim/lr": learning_rate,
+    }
+    if "load" in sums:
+        out["expert/load_max"] = float((sums["load"].max(-1) / np.maximum(sums["load"].mean(-1), 1e-9)).max())
+    return out
+
+
+def rl_loop(
+    run: Run,
+    stage: str,
+    policy: Policy,
+    stream: PromptStream,
+    moves: Moves,
+    settings: RlConfig,
+    objective: grpo.GrpoConfig,
+    optimizing: optim.OptimConfig,
+    optimizer: Any,
+    shape: minibatches.Shape,
+    saved: Checkpoints,
+    shown: dict[str, int],
+    eval_every: int,
+) -> Params:
+    """Runs all rollouts of a stage from where its checkpoints stand, and returns the policy."""
+    layout = run.layouts["train"]
+    state, like = training_state(policy, layout, optimizer)
+    at, reference = Position(), policy.params if objective.kl_coef else None
+    # Donated arrays must not be shared with the reference.
+    reference = None if reference is None else jax.tree.map(jnp.copy, reference)
+    if (latest := saved.latest()) is not None:
+        tree = {**like, **({} if reference is None else {"reference": like["policy"]})}
+        tree, host = saved.restore(latest, tree)
+        reference = tree.pop("reference", None)
+        state, at = tree, Position(**host)
+    log = metrics.Log(run.workdir, stage, at.step)
+    progress = metrics.Progress(stage, settings.updates, at.step)
+    rate, clock = optim.schedule(optimizing), metrics.Moves()
+    saved_at = at.step
+
+    def save() -> None:
+        tree = {**state, **({} if reference is None else {"reference": reference})}
+        saved.save(at.step, tree, dataclasses.asdict(at))
+
+    try:
+        moves.evaluate(moves.to_decode(state["policy"]), at.step)
+        while at.step < settings.updates:
+            limit = settings.limit(at.step)
+            with clock("layout"):
+                weights = moves.to_decode(state["policy"])
+            with clock("rollout"):
+                groups, at.cursor, drawn = _sample(moves, weights, stream, settings, at, limit)
+            seconds = clock.take()
+            scalars = rollout_metrics(groups, drawn, limit, seconds["time/rollout_s"]) | seconds
+            with clock("advantages"):
+                items = minibatches.with_advantages(groups, objective, limit)
+                parts = minibatches.split(
+                    [i for group in items for i in group], settings.minibatches, (run.seed, at.rollout)
+                )
+            _write(run, stage, at, items, policy, shown["rollout_groups"])
+            batches = []
+            for j, part in enumerate(parts):
+                with clock("pack"):
+                    arrays, n = minibatches.pack(part, shape, objective, limit)
+                    batch = put_rows(arrays, layout)
+                if reference is not None:
+                    with clock("ref_logp"):
+                        batch["ref_logp"] = moves.score(reference, batch, n)
+                if j:
+                    # The first minibatch is on-policy by construction: its ratio is exactly one.
+                    with clock("old_logp"):
+                        batch["old_logp"] = moves.score(state["policy"], batch, n)
+                batches.append((batch, n))
+            for batch, n in batches:
+                with clock("update"):
+                    state, sums = moves.update(state, batch, n)
+                    sums = {name: hosts.fetch(value) for name, value in sums.items()}
+                at.step += 1
+                scalars |= update_metrics(sums, float(rate(at.step - 1))) | clock.take()
+                log.write(at.step, scalars)
+                progress.step(at.step, scalars)
+                scalars = {}
+                check_finite(state["optim"], optimizing.non_finite_limit)
+                if reference is not None and at.step % settings.reference_every == 0:
+                    reference = jax.tree.map(jnp.copy, state["policy"])
+                if at.step % shown["sample_every"] == 0:
+                    s = groups[at.step // shown["sample_every"] % len(groups)][0]
+                    progress.sample(at.step, s.prompt, s.text, s.graded.reward)
+            at.rollout += 1
+            if eval_every and at.step // eval_every > (at.step - settings.minibatches) // eval_every:
+                if at.step < settings.updates:
+                    moves.evaluate(moves.to_decode(state["policy"]), at.step)
+            stopping = hosts.any_across(run.stop.requested)
+            if at.step // saved.save_every > saved_at // saved.save_every or at.step >= settings.updates or stopping:
+                save()
+                saved_at = at.step
+            if stopping:
+                raise Interrupted
+        moves.evaluate(moves.to_decode(state["policy"]), at.step)
+    except Interrupted as stopped:
+        # While sampling, the state is still that of the rollout's beginning.
+        save()
+        raise Stopped from stopped
+    finally:
+        saved.close()
+        log.close()
+        progress.close()
+    return state["policy"]
+
+
+def _sample(
+    moves: Moves, weights: Params, stream: PromptStream, settings: RlConfig, at: Position, limit: int
+) -> tuple[list[Group], int, int]:
+    """The groups of a rollout, the new cursor, and how many groups were drawn for it."""
+    want, cursor = settings.prompts_per_rollout, at.cursor
+    kept: list[Group] = []
+    rest: list[Group] = []
+    drawn = 0
+    for _ in range(settings.dynamic_sampling_rounds if settings.dynamic_sampling else 1):
+        groups = moves.sample(weights, stream.take(cursor, want), at.rollout, cursor, limit)
+        cursor, drawn = cursor + want, drawn + want
+        if not settings.dynamic_sampling:
+            return groups, cursor, drawn
+        has_signal = ~np.asarray(grpo.zero_variance(as_array(groups, lambda s: s.graded.reward)))
+        keep = np.asarray(grpo.keep_groups(has_signal, want - len(kept)))
+        kept += [g for g, k in zip(groups, keep, strict=True) if k]
+        rest += [g for g, k in zip(groups, keep, strict=True) if not k]
+        if len(kept) == want:
+            break
+    # The batch keeps its size: what is missing after the last round is filled with groups that teach nothing.
+    return kept + rest[: want - len(kept)], cursor, drawn
+
+
+def _write(
+    run: Run, stage: str, at: Position, items: list[list[minibatches.Trained]], policy: Policy, groups: int
+) -> None:
+    """Writes some groups of a rollout in full (run_folder.py reads them)."""
+    metrics.write_rollout(
+        run.workdir,
+        stage,
+        at.rollout,
+        (
+            {
+                "stage": stage,
+                "step": at.step,
+                "rollout": at.rollout,
+                "prompt_id": item.sample.example["id"],
+                "member": item.sample.completion.member,
+                "level": item.sample.example.get("level"),
+                "prompt": item.sample.prompt,
+                "completion": item.sample.text,
+                "tokens": [policy.tokenizer.decode([t]) for t in item.sample.completion.tokens.tolist()],
+                "logp": item.sample.completion.logp,
+                "rewards": item.sample.graded.rewards,
+                "reward": item.sample.graded.reward,
+                "advantage": item.advantage,
+                "answer": item.sample.graded.answer,
+                "gold": item.sample.example["answer"],
+                "stop": item.sample.completion.stop,
+                "flags": list(item.sample.graded.flags),
+            }
+            for group in items[:groups]
+            for item in group
+        ),
+    )
+
+
+def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
+    """A function that lays weights out for decoding, in the compute dtype: device to device, nothing through the host."""
+    lies = param_shardings(policy.config, layout)
+    return jax.jit(lambda params: updates.cast(params, dtype), out_shardings=lies)

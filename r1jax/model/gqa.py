@@ -1,0 +1,85 @@
+"""Grouped-query attention (arXiv 2305.13245) as in Qwen 2/2.5/3 and Llama 3: optional qkv bias, optional q/k norm."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from r1jax.model.config import ModelConfig
+from r1jax.model.layers import attend, attend_cache, ones, rms_norm, rope_angles, rotate, weight, zeros
+from r1jax.sharding import constrain
+
+Cache = dict[str, Array]  # k, v: [L, B, K, S, h]
+
+
+class Gqa(nnx.Module):
+    """Weights of `layers` stacked attention layers."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: jnp.dtype) -> None:
+        c, s = config, config.initializer_range
+        d, heads, kv, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q = weight(rngs, (layers, d, heads, h), ("layers", "width", "heads", None), s, dtype)
+        self.k = weight(rngs, (layers, d, kv, h), ("layers", "width", "kv_heads", None), s, dtype)
+        self.v = weight(rngs, (layers, d, kv, h), ("layers", "width", "kv_heads", None), s, dtype)
+        self.o = weight(rngs, (layers, heads, h, d), ("layers", "heads", None, "width"), s, dtype)
+        if c.qkv_bias:
+            self.q_bias = zeros((layers, heads, h), ("layers", "heads", None), dtype)
+            self.k_bias = zeros((layers, kv, h), ("layers", "kv_heads", None), dtype)
+            self.v_bias = zeros((layers, kv, h), ("layers", "kv_heads", None), dtype)
+        if c.qk_norm:
+            self.q_norm = ones((layers, h), ("layers", None), dtype)
+            self.k_norm = ones((layers, h), ("layers", None), dtype)
+
+
+def _project(
+    p: dict, config: ModelConfig, x: Float[Array, "*n D"], positions: Int[Array, "*n"]
+) -> tuple[Float[Array, "*n H h"], Float[Array, "*n K h"], Float[Array, "*n K h"]]:
+    q, k, v = (jnp.einsum("...d,dkh->...kh", x, p[name]) for name in "qkv")
+    if config.qkv_bias:
+        q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
+    if config.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], config.rms_norm_eps), rms_norm(k, p["k_norm"], config.rms_norm_eps)
+    cos, sin = rope_angles(config.rope, config.head_dim, positions)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def attention(
+    p: dict, config: ModelConfig, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """One layer over whole rows; also returns what the cache keeps of each token, [B, K, T, h]."""
+    q, k, v = _project(p, config, x, positions)
+    b, t, heads, h = q.shape
+    q = constrain(q, "rows", "tokens", "heads", None)
+    grouped = q.reshape(b, t, config.num_key_value_heads, -1, h)
+    out = attend(grouped, k, v, mask, h**-0.5).reshape(b, t, heads, h)
+    return jnp.einsum("bthd,hdw->btw", out, p["o"]), {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+
+
+def decode(
+    p: dict, config: ModelConfig, x: Float[Array, "B D"], cache: Cache, layer: int, positions: Int[Array, "B"]
+) -> tuple[Float[Array, "B D"], Cache]:
+    """One new token per slot: writes its key and value at `positions` and reads the cache up to there."""
+    q, k, v = _project(p, config, x, positions)
+    slots = jnp.arange(x.shape[0])
+    cache = {
+        "k": cache["k"].at[layer, slots, :, positions].set(k.astype(cache["k"].dtype)),
+        "v": cache["v"].at[layer, slots, :, positions].set(v.astype(cache["v"].dtype)),
+    }
+    keys, values = cache["k"][layer], cache["v"][layer]
+    b, heads, h = q.shape
+    kv = config.num_key_value_heads
+    scores = jnp.einsum("bkgh,bksh->bkgs", q.reshape(b, kv, -1, h), keys, preferred_element_type=jnp.float32)
+    weights = attend_cache(scores.reshape(b, heads, -1), positions + 1, h**-0.5, values.dtype)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights.reshape(b, kv, heads // kv, -1), values).reshape(b, heads, h)
+    return jnp.einsum("bhd,hdw->bw", out.astype(x.dtype), p["o"]), cache
+
+
+def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype: jnp.dtype) -> Cache:
+    """Zeros [L, B, K, S, h] for keys and values."""
+    shape = (layers, slots, config.num_key_value_heads, length, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+LENGTH_AXIS = 3  # of the stacked cache arrays
+CACHE_AXES = {name: ("layers", "rows", "kv_heads", None, None) for name in "kv"}
+
+

@@ -1,0 +1,157 @@
+"""What every layer is made of: declared parameters, RMSNorm, rotary embedding, SwiGLU, masked attention.
+
+Modules declare shapes and logical axes (Flax NNX); functions compute on the plain arrays. Sources: RMSNorm arXiv
+1910.07467, SwiGLU 2002.05202, RoPE 2104.09864, YaRN 2309.00071, Llama 3's frequency scaling from its released code.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from r1jax.model.config import ModelConfig, Rope
+from r1jax.sharding import constrain
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: jnp.dtype
+) -> nnx.Param:
+    """A weight drawn from a normal distribution with its logical axes beside its shape."""
+    assert len(shape) == len(axes)
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+
+
+def ones(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A norm's gain."""
+    return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A bias."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU weights of `layers` stacked layers."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, width: int, dtype: jnp.dtype) -> None:
+        d, s = config.hidden_size, config.initializer_range
+        self.gate = weight(rngs, (layers, d, width), ("layers", "width", "mlp"), s, dtype)
+        self.up = weight(rngs, (layers, d, width), ("layers", "width", "mlp"), s, dtype)
+        self.down = weight(rngs, (layers, width, d), ("layers", "mlp", "width"), s, dtype)
+
+
+def mlp(p: dict, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    """SwiGLU: down(silu(gate x) * up x)."""
+    return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+
+def rms_norm(x: Float[Array, "*n d"], gain: Float[Array, "d"], eps: float) -> Float[Array, "*n d"]:
+    """Root-mean-square norm, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * gain
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention temperature (section 3.4, as in DeepSeek's released code)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_frequencies(rope: Rope, dim: int) -> tuple[Float[Array, "half"], float]:
+    """Inverse wavelengths [dim/2] in radians per position, and the factor on cos and sin."""
+    inv = rope.theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if rope.kind == "default":
+        return inv, 1.0
+    if rope.kind == "linear":
+        return inv / rope.factor, 1.0
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / inv
+        low, high = (rope.original_max_position_embeddings / f for f in (rope.low_freq_factor, rope.high_freq_factor))
+        smooth = (rope.original_max_position_embeddings / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        middle = (1 - smooth) * inv / rope.factor + smooth * inv
+        return jnp.where(wavelength > low, inv / rope.factor, jnp.where(wavelength < high, inv, middle)), 1.0
+
+    def correction(rotations: float) -> float:
+        span = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(span) / (2 * math.log(rope.theta))
+
+    low, high = correction(rope.beta_fast), correction(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0, 1)
+    scaled = inv / rope.factor * ramp + inv * (1 - ramp)
+    if rope.attention_factor is not None:
+        return scaled, rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return scaled, yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return scaled, yarn_mscale(rope.factor)
+
+
+def rope_angles(
+    rope: Rope, dim: int, positions: Int[Array, "*n"]
+) -> tuple[Float[Array, "*n half"], Float[Array, "*n half"]]:
+    """cos and sin for the given positions, float32."""
+    inv, factor = rope_frequencies(rope, dim)
+    angle = positions[..., None].astype(jnp.float32) * inv
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(
+    x: Float[Array, "*n heads dim"], cos: Float[Array, "*n half"], sin: Float[Array, "*n half"]
+) -> Float[Array, "*n heads dim"]:
+    """Rotary embedding, half-split pairs (i, i + dim/2)."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention_mask(segments: Int[Array, "B T"], parents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """True where query t may read key s: s <= t, and s lies in t's own segment or in its prompt's."""
+    causal = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+    keys = segments[:, None, :]
+    return causal & ((segments[:, :, None] == keys) | (parents[:, :, None] == keys))
+
+
+# Queries are taken in at most this many blocks, each of which reads only the keys up to its own end: for causal rows
+# that leaves out almost half of the scores.
+QUERY_BLOCKS = 3
+
+
+def attend(
+    q: Float[Array, "B T K g h"],
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K w"],
+    mask: Bool[Array, "B T T"],
+    scale: float,
+) -> Float[Array, "B T K g w"]:
+    """Causal softmax attention with g query heads per key head; scores and softmax in float32."""
+    t = q.shape[1]
+    size = max(32, -(-t // QUERY_BLOCKS))
+    out = []
+    for start in range(0, t, size):
+        end = min(start + size, t)
+        scores = jnp.einsum("btkgh,bskh->bkgts", q[:, start:end] * scale, k[:, :end], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None, start:end, :end], scores, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out.append(jnp.einsum("bkgts,bskw->btkgw", weights, v[:, :end]))
+    return jnp.concatenate(out, axis=1)
+
+
+def attend_cache(
+    scores: Float[Array, "B heads S"], lengths: Int[Array, "B"], scale: float, dtype: jnp.dtype
+) -> Float[Array, "B heads S"]:
+    """Attention weights of one new token per slot over the first `lengths` cache positions."""
+    live = jnp.arange(scores.shape[-1]) < lengths[:, None]
+    scores = jnp.where(live[:, None], scores.astype(jnp.float32) * scale, -1e30)
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+
+
+def rows(x: Array) -> Array:
+    """Activations [B, T, ...] as they lie between layers."""
+    return constrain(x, "rows", "tokens", *(None,) * (x.ndim - 2))

@@ -1,0 +1,175 @@
+"""AdamW with warm-up and decay, clipped and guarded against non-finite steps, and the router-bias rule.
+
+AdamW: arXiv 1711.05101. The published optimizer settings are DeepSeek-V3's (arXiv 2412.19437, section 4.2); its
+balancing of experts without an auxiliary loss (section 2.1.2) is `router_bias_update`.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int, Num
+
+from r1jax.types import Params
+
+# share of the way from the end of the warm-up to decay_steps -> share of the way from learning_rate to its final share
+SCHEDULES: dict[str, Callable[[Array], Array]] = {
+    "constant": jnp.zeros_like,
+    "cosine": lambda progress: 0.5 * (1 - jnp.cos(math.pi * progress)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule; steps are optimizer steps."""
+
+    learning_rate: float = 3e-6
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    decay_steps: int = 0  # the step at which a decaying schedule arrives, warm-up included; it stays there
+    final_share: float = 0.1  # of learning_rate, at decay_steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 1.0
+    non_finite_limit: int = 10  # skipped steps in a row before the run stops
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            near = difflib.get_close_matches(str(self.schedule), SCHEDULES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"optim.schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}{hint}")
+        if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"optim.schedule {self.schedule!r} needs optim.decay_steps above optim.warmup_steps, "
+                f"got {self.decay_steps} and {self.warmup_steps}"
+            )
+        for key in ("learning_rate", "warmup_steps", "final_share", "weight_decay"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"optim.{key} is {getattr(self, key)}, wanted zero or more")
+        for key in ("grad_clip_norm", "eps", "non_finite_limit"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"optim.{key} is {getattr(self, key)}, wanted above zero")
+        for key in ("b1", "b2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optim.{key} is {getattr(self, key)}, wanted at least 0 and below 1")
+
+
+def schedule(config: OptimConfig) -> Callable[[ArrayLike], Float[Array, ""]]:
+    """Learning rate as a function of the step, counted from 0; linear warm-up, whose first step already learns."""
+
+    def learning_rate(step: ArrayLike) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
+        warmup = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1)
+        span = max(config.decay_steps - config.warmup_steps, 1)
+        progress = jnp.clip((step - config.warmup_steps) / span, 0, 1)
+        decay = 1 - (1 - config.final_share) * SCHEDULES[config.schedule](progress)
+        return config.learning_rate * warmup * decay
+
+    return learning_rate
+
+
+def _named(params: Params, is_true: Callable[[str], bool]) -> Any:
+    # The name decides, not the rank: with layers stacked, norms and biases have two axes or three.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: is_true(jax.tree_util.keystr(path[-1:], simple=True)), params
+    )
+
+
+def make_optimizer(config: OptimConfig, params: Params) -> optax.GradientTransformation:
+    """AdamW behind a clip by the global norm; `params` (arrays or shapes) only say which leaves there are.
+
+    Weight decay touches matrices alone: not norms, not biases. `router_bias` gets no update at all.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(
+            config.weight_decay, _named(params, lambda name: not name.endswith(("norm", "bias")))
+        ),
+        optax.masked(optax.set_to_zero(), _named(params, lambda name: name == "router_bias")),
+        optax.scale_by_learning_rate(schedule(config)),
+    )
+
+
+class OptimState(NamedTuple):
+    """Moments and step counts of the optimizer, and how many steps were skipped; a plain pytree."""
+
+    moments: optax.OptState
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+def init(optimizer: optax.GradientTransformation, params: Params) -> OptimState:
+    """The state before the first step; moments are float32 whatever the parameters are."""
+    moments = optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    return OptimState(moments, skipped=jnp.zeros([], jnp.int32), skipped_in_a_row=jnp.zeros([], jnp.int32))
+
+
+def state_like(optimizer: optax.GradientTransformation, state: OptimState, per_param: Any, scalar: Any) -> OptimState:
+    """A tree shaped like `state`: `per_param`'s leaves where the moments of that parameter stand, else `scalar`.
+
+    For shardings: `per_param` the parameters' shardings, `scalar` the replicated one.
+    """
+    moments = optax.tree.map_params(
+        optimizer, lambda _, leaf: leaf, state.moments, per_param, transform_non_params=lambda _: scalar
+    )
+    return OptimState(moments, skipped=scalar, skipped_in_a_row=scalar)
+
+
+def apply(
+    optimizer: optax.GradientTransformation, params: Params, state: OptimState, grads: Params, loss: Float[Array, ""]
+) -> tuple[Params, OptimState, dict[str, Float[Array, ""]]]:
+    """One optimizer step; when the loss or the gradient's norm is not finite, nothing changes but the counts of skips.
+
+    Returns:
+        Parameters, state and metrics: optim/grad_norm (before the clip), optim/skipped (0 or 1).
+    """
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    updates, moments = optimizer.update(grads, state.moments, params)
+
+    def if_finite(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+    skipped = jnp.where(is_finite, 0, 1)
+    state = OptimState(
+        moments=if_finite(moments, state.moments),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
+    )
+    metrics = {"optim/grad_norm": grad_norm, "optim/skipped": skipped.astype(jnp.float32)}
+    return if_finite(optax.apply_updates(params, updates), params), state, metrics
+
+
+def check_non_finite(skipped_in_a_row: int, limit: int) -> None:
+    """Stop a run that no longer learns, on the host; `limit` is optim.non_finite_limit.
+
+    Raises:
+        FloatingPointError: `limit` steps in a row were skipped.
+    """
+    if skipped_in_a_row >= limit:
+        raise FloatingPointError(
+            f"{skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite, and were skipped; "
+            f"the parameters are those from before. Lower optim.learning_rate, narrow grpo.clip_eps_high, "
+            f"or look at mismatch/max and kl/mean; optim.non_finite_limit ({limit}) sets when to stop."
+        )
+
+
+def router_bias_update(bias: Float[Array, "L E"], load: Num[Array, "L E"], rate: float) -> Float[Array, "L E"]:
+    """Raise the router bias of underloaded experts by `rate`, lower that of overloaded ones (DeepSeek-V3, 2.1.2).
+
+    Args:
+        bias: added to the routing scores for the choice of experts only.
+        load: tokens of the whole batch that chose each expert, over all devices.
+        rate: per step; DeepSeek-V3 took 0.001, and 0 at the end of pretraining.
+    """
+    load = load.astype(jnp.float32)
+    return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

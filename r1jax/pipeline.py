@@ -1,0 +1,100 @@
+"""The ordered stages of a run: each starts from what the one before left, and a run that was cut short goes on where it was."""
+
+import difflib
+import importlib
+import json
+import os
+import pathlib
+import time
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+import r1jax
+from r1jax import hosts, metrics, run, sharding, text
+from r1jax.model import convert
+from r1jax.run import Policy, Run
+
+# Stage name -> its page; imported when it runs.
+STAGES = {"pretrain": "r1jax.stages.pretrain", "reasoning_rl": "r1jax.stages.reasoning_rl"}
+
+# Stages that start from nothing rather than from the policy at config.model.path.
+FROM_NOTHING = ("pretrain",)
+
+BASE = pathlib.Path(r1jax.__file__).parent / "base"
+
+
+def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Policy:
+    """The released model at config.model.path (empty: the packaged base), or random weights where a stage starts from nothing."""
+    folder = pathlib.Path(config.model.path or BASE)
+    tokenizer = text.load_tokenizer(folder)
+    if config.stages[0] in FROM_NOTHING:
+        models = importlib.import_module("configs.models").MODELS
+        if config.model.name not in models:
+            near = difflib.get_close_matches(config.model.name, models, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"config.model.name is {config.model.name!r}, wanted one of {', '.join(models)}{hint}")
+        model = run.model_config(models[config.model.name])
+        params = run.random_params(model, layouts["train"], config.seed)
+    else:
+        model, params = convert.load(folder, mesh=layouts["train"].mesh, dtype="float32")
+        run.param_shardings(model, layouts["train"])
+    text.check_fits(tokenizer, model.vocab_size)
+    return Policy(model, params, tokenizer, folder)
+
+
+def check_stages(stages: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown stage or none at all."""
+    for name in stages:
+        if name not in STAGES:
+            near = difflib.get_close_matches(name, STAGES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"config.stages names {name!r}, wanted {', '.join(STAGES)}{hint}")
+    if not stages:
+        raise ValueError(f"config.stages is empty; name at least one of {', '.join(STAGES)}")
+
+
+def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json, or says which keys differ from those that the run began with."""
+    path = workdir / "config.json"
+    now = json.loads(config.to_json_best_effort())
+    if path.exists():
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to go on with the config given") from error
+        for key in sorted(_flat(now).items() - _flat(before).items()):
+            logging.warning("config.%s is now %s: this run folder began with another value", *key)
+    if hosts.is_writer():
+        hosts.atomic_write(path, json.dumps(now, indent=1) + "\n")
+
+
+def _flat(tree: object, path: str = "") -> dict[str, str]:
+    if isinstance(tree, dict):
+        return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}".lstrip(".")).items()}
+    return {path: json.dumps(tree)}
+
+
+def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
+    """Runs all stages of a config in a run folder.
+
+    Raises:
+        ValueError: something is wrong with the config or the folder; the message names the key.
+        run.Stopped: SIGTERM came; the same command goes on.
+    """
+    started_s = time.monotonic()
+    check_stages(config.stages)
+    folder = pathlib.Path(workdir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_config(config, folder)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    layouts = sharding.layouts(mesh)
+    this = Run(folder, config.seed, layouts, hosts.on_sigterm(), metrics.Summary(folder, started_s))
+    policy = load_policy(config, layouts)
+    n = sum(x.size for x in jax.tree.leaves(policy.params))
+    logging.info("policy of %.2fM parameters on %d device(s), mesh %s", n / 1e6, mesh.size, dict(mesh.shape))
+    for name in config.stages:
+        policy = importlib.import_module(STAGES[name]).stage(this, config, policy)
+    this.summary.write()
+    return policy

@@ -1,0 +1,154 @@
+"""Prompts to a graded batch: sampling and grading at the same time.
+
+Completions go to the grading processes as they finish, while other slots still decode; what is trained on later are the
+very ids that were sampled, never text encoded again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from r1jax import hosts
+from r1jax.rewards.pool import Graded, RewardPool
+from r1jax.sampler import Sampler
+from r1jax.text import Tokenizer, render_prompt
+from r1jax.types import Completion, Example, Params, Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One completion of one prompt with its grade."""
+
+    example: Example
+    prompt: str
+    prompt_tokens: tuple[int, ...]
+    completion: Completion
+    text: str
+    graded: Graded
+
+
+Group = list[Sample]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop while it sampled."""
+
+
+def encode_prompts(
+    examples: Sequence[Example], template: str, tokenizer: Tokenizer, max_prompt_tokens: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Text and ids of each prompt.
+
+    Raises:
+        ValueError: a prompt longer than `max_prompt_tokens` (config.data.max_prompt_tokens).
+    """
+    out = []
+    for example in examples:
+        prompt = render_prompt(template, example["question"])
+        ids = tuple(tokenizer.encode(prompt))
+        if not 0 < len(ids) <= max_prompt_tokens:
+            raise ValueError(
+                f"the prompt of {example['id']!r} has {len(ids)} tokens, wanted 1 to {max_prompt_tokens}; "
+                "raise config.data.max_prompt_tokens or leave it out"
+            )
+        out.append((prompt, ids))
+    return out
+
+
+def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
+    """What the policy wrote, without the end-of-sequence token."""
+    ids = completion.tokens.tolist()
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids)
+
+
+def stop_text_finder(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> Callable[[list[int]], int | None]:
+    """A function that says how many tokens to keep once one of the texts has come up, else None."""
+    # A token is at least one byte, so a stop text that has just come up lies within this many tokens of the end.
+    window = max((len(text.encode()) for text in stop_texts), default=0)
+
+    def find(tokens: list[int]) -> int | None:
+        if not stop_texts or not any(text in tokenizer.decode(tokens) for text in stop_texts):
+            return None
+        for n in range(1, len(tokens) + 1):
+            tail = tokenizer.decode(tokens[max(0, n - window - 1) : n])
+            if any(text in tail for text in stop_texts):
+                return n
+        return None
+
+    return find
+
+
+def collect(
+    sampler: Sampler,
+    params: Params,
+    tokenizer: Tokenizer,
+    pool: RewardPool,
+    examples: Sequence[Example],
+    template: str,
+    group_size: int,
+    rollout_key: jax.Array,
+    first_prompt: int,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    stop_texts: Sequence[str] = (),
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> list[Group]:
+    """Samples `group_size` completions of each example and grades them.
+
+    Args:
+        params: in the decode layout.
+        first_prompt: number of the first example in the run's order; it names its random draws.
+        is_interrupted: looked at between completions; when true, `Interrupted` is raised.
+
+    Returns:
+        One group per example, members in order.
+    """
+    prompts = encode_prompts(examples, template, tokenizer, max_prompt_tokens)
+    requests = [Request(first_prompt + i, m, ids) for i, (_, ids) in enumerate(prompts) for m in range(group_size)]
+    mine = range(*hosts.my_share(len(examples), "the number of prompts").indices(len(examples)))
+    find_stop = stop_text_finder(tokenizer, stop_texts)
+    completions: dict[int, tuple[Completion, str]] = {}
+    graded: dict[int, Graded] = {}
+    for completion in sampler.run(params, requests, rollout_key, max_completion_tokens, find_stop):
+        i = completion.prompt - first_prompt
+        ticket = i * group_size + completion.member
+        text = completion_text(tokenizer, completion)
+        completions[ticket] = completion, text
+        if i in mine:
+            pool.submit(ticket, prompts[i][0], text, examples[i])
+        graded.update((g.ticket, g) for g in pool.poll())
+        if is_interrupted():
+            graded.update((g.ticket, g) for g in pool.drain())
+            raise Interrupted
+    graded.update((g.ticket, g) for g in pool.drain())
+    for records in hosts.gather([dataclasses.asdict(g) for g in graded.values()]) if hosts.count() > 1 else ():
+        graded.update((r["ticket"], Graded(**{**r, "flags": tuple(r["flags"])})) for r in records)
+
+    def sample(i: int, member: int) -> Sample:
+        ticket = i * group_size + member
+        completion, text = completions[ticket]
+        return Sample(examples[i], *prompts[i], completion, text, graded[ticket])
+
+    return [[sample(i, m) for m in range(group_size)] for i in range(len(examples))]
+
+
+def majority(group: Group) -> str | None:
+    """The commonest answer, the one that came up first among equals; None when nobody answered."""
+    votes: dict[str, int] = {}
+    for s in group:
+        if s.graded.answer is not None:
+            votes[s.graded.answer] = votes.get(s.graded.answer, 0) + 1
+    return max(votes, key=votes.__getitem__) if votes else None
+
+
+def majority_is_right(group: Group, measure: str) -> bool:
+    """Whether the commonest answer earns `measure` (a reward of 0 or 1)."""
+    answer = majority(group)
+    return answer is not None and any(s.graded.answer == answer and s.graded.rewards[measure] > 0.5 for s in group)
+
+
+def as_array(groups: Sequence[Group], value: Callable[[Sample], float]) -> np.ndarray:
+    """A number of each sample, [N, G]."""
+    return np.array([[value(s) for s in group] for group in groups], np.float64)

@@ -1,0 +1,89 @@
+"""What all stages of one run share: folder, mesh, seed, signal; and how weights and state come onto the mesh."""
+
+import dataclasses
+import pathlib
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from r1jax import checkpoint, hosts, metrics, optim, sharding, updates
+from r1jax.model import transformer
+from r1jax.model.config import ModelConfig, Rope
+from r1jax.text import Tokenizer
+from r1jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the program."""
+
+    workdir: pathlib.Path
+    seed: int
+    layouts: dict[str, sharding.Layout]
+    stop: Any  # hosts.on_sigterm(): its `requested` turns true on SIGTERM
+    summary: metrics.Summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model with its weights (float32, train layout) and its tokenizer."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    folder: pathlib.Path | None  # where tokenizer files lie
+
+
+class Stopped(Exception):
+    """SIGTERM came; everything is saved."""
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    """The frozen record for an entry of configs/models.py."""
+    fields = dict(fields)
+    rope = Rope(**fields.pop("rope", {}))
+    return ModelConfig(**fields, rope=rope)
+
+
+def param_shardings(config: ModelConfig, layout: sharding.Layout) -> Params:
+    """Where each weight lies in a phase; raises ValueError where a dimension does not divide (config.mesh.*)."""
+    axes = transformer.logical_axes(config)
+    sharding.check_divides(axes, transformer.shapes(config), layout)
+    return sharding.tree_shardings(axes, layout)
+
+
+def random_params(config: ModelConfig, layout: sharding.Layout, seed: int) -> Params:
+    """Random weights, made where they will lie."""
+    make = jax.jit(partial(transformer.init, config), out_shardings=param_shardings(config, layout))
+    return make(jax.random.key(seed))
+
+
+def training_state(
+    policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation
+) -> tuple[updates.State, updates.State]:
+    """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
+    scalar = layout.sharding()
+    lies = updates.state_shardings(param_shardings(policy.config, layout), optimizer, policy.params, scalar)
+    state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params)
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
+    return state, like
+
+
+def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
+    """Host arrays [M, B, T, ...] onto the mesh."""
+    lies = {name: layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
+    return hosts.put(batch, lies)
+
+
+def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoint.Checkpoints:
+    """The checkpoints of a stage of this run; `settings` is config.checkpoint."""
+    return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
+
+
+def check_finite(opt: optim.OptimState, limit: int) -> None:
+    """Stops a run whose last `limit` steps were all skipped."""
+    optim.check_non_finite(int(opt.skipped_in_a_row), limit)
+
+

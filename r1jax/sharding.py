@@ -1,0 +1,139 @@
+"""The mesh, the logical axes, one rule table per phase, and resharding between phases.
+
+Model code names logical axes; only this file and the configs know mesh axes. The idea is T5X's logical rules.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from r1jax.types import Params
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# Training: weights are spread over fsdp as well, rows over everything that is not context or tensor.
+TRAIN: Rules = {
+    "rows": ("data", "fsdp", "expert"),
+    "tokens": ("context",),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "vocab": ("tensor",),
+}
+
+# Decoding: every step reads every weight, so none is gathered over fsdp; slots take the axes that training gives to rows.
+DECODE: Rules = {**TRAIN, "rows": ("data", "fsdp", "expert"), "tokens": (), "width": ()}
+
+PHASES = {"train": TRAIN, "decode": DECODE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rule table of one phase."""
+
+    mesh: Mesh
+    rules: Rules = dataclasses.field(hash=False)
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """Mesh axes for the given logical axes; axes of size one are left out."""
+        names = (tuple(a for a in self.rules.get(axis or "", ()) if self.mesh.shape[a] > 1) for axis in axes)
+        return PartitionSpec(*((n if len(n) > 1 else n[0]) if n else None for n in names))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """The sharding of an array with these logical axes; no axes means replicated."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def size(self, axis: str) -> int:
+        """Over how many devices a logical axis is spread."""
+        return int(np.prod([self.mesh.shape[a] for a in self.rules.get(axis, ())], dtype=int))
+
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device behind a logical axis."""
+        return tuple(a for a in self.rules.get(axis, ()) if self.mesh.shape[a] > 1)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; at most one size may be -1, which takes the devices that are left.
+
+    Raises:
+        ValueError: unknown axis, or sizes that do not multiply to the number of devices (config.mesh.*).
+    """
+    devices = jax.devices() if devices is None else devices
+    if unknown := set(sizes) - set(AXES):
+        raise ValueError(f"config.mesh has unknown axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, n in shape.items() if n == -1]
+    fixed = int(np.prod([n for n in shape.values() if n != -1]))
+    if len(free) > 1 or any(n < 1 and n != -1 for n in shape.values()):
+        raise ValueError(f"config.mesh sizes must be positive with at most one -1, got {shape}")
+    if free and len(devices) % fixed == 0:
+        shape[free[0]] = len(devices) // fixed
+    if int(np.prod(list(shape.values()))) != len(devices):
+        raise ValueError(f"config.mesh {shape} does not multiply to the {len(devices)} devices at hand; change config.mesh.*")
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
+
+
+def layouts(mesh: Mesh) -> dict[str, Layout]:
+    """The layouts of all phases over one mesh."""
+    return {phase: Layout(mesh, rules) for phase, rules in PHASES.items()}
+
+
+_current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use(layout: Layout | None) -> Iterator[None]:
+    """Within this context (entered inside the traced function) `constrain` and `current` follow the layout."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Layout | None:
+    """The layout in force, or None on a single device."""
+    layout = _current.get()
+    return layout if layout is not None and layout.mesh.size > 1 else None
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States how an activation lies on the mesh; the identity on one device."""
+    layout = current()
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*axes))
+
+
+def tree_shardings(axes: Params, layout: Layout) -> Params:
+    """Shardings for a tree of logical axes (tuples of names as leaves)."""
+    return jax.tree.map(lambda a: layout.sharding(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def check_divides(axes: Params, shapes: Params, layout: Layout) -> None:
+    """Raises ValueError where a weight's dimension does not divide by the devices it is spread over (config.mesh.*)."""
+
+    def one(path: tuple, names: tuple, leaf: jax.ShapeDtypeStruct) -> None:
+        for name, n in zip(names, leaf.shape, strict=True):
+            parts = layout.size(name) if name else 1
+            if n % parts:
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"{where}: {name} of {n} does not divide over {parts} devices; "
+                    f"change config.mesh.{' or config.mesh.'.join(layout.mesh_axes(name))}"
+                )
+
+    jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def reshard(tree: Params, shardings: Params) -> Params:
+    """The same values laid out anew, device to device."""
+    return jax.device_put(tree, shardings)

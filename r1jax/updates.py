@@ -1,0 +1,227 @@
+"""The jitted steps: scoring of given tokens, the GRPO update, the next-token update (pretraining and SFT).
+
+A minibatch is a tree of arrays [M, B, T]: microbatches of B packed rows, the first n of which hold anything. Their gradients
+add up exactly to those of the whole; n is not static, so that minibatches of other sizes run the same program. State is donated. Each maker is called once with static settings and returns a jitted function.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from r1jax import grpo, optim, sharding
+from r1jax.model import transformer
+from r1jax.model.config import ModelConfig
+from r1jax.types import Params
+
+Batch = dict[str, Array]
+State = dict[str, Any]  # "policy": parameters, "optim": optim.OptimState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What every training program of a run shares; all of it static."""
+
+    config: ModelConfig
+    layout: sharding.Layout
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+    temperature: float = 1.0
+    router_bias_rate: float = 0.0
+    mtp_weight: float = 0.0
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Weights in the compute dtype; the router stays float32 (model/moe.py)."""
+
+    def one(path: tuple, leaf: Array) -> Array:
+        return leaf if "router" in jax.tree_util.keystr(path[-1:]) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> State:
+    """The training state before the first step."""
+    return {"policy": params, "optim": optim.init(optimizer, params)}
+
+
+def state_shardings(shardings: Params, optimizer: optax.GradientTransformation, params: Params, scalar: Any) -> State:
+    """Shardings of a training state: moments lie as their parameters do."""
+    like = jax.eval_shape(partial(optim.init, optimizer), params)
+    return {"policy": shardings, "optim": optim.state_like(optimizer, like, shardings, scalar)}
+
+
+def _run(program: Program, params: Params, micro: Batch) -> transformer.Hidden:
+    replay = micro.get("replay")  # [B, T, L, K]
+    return transformer.hidden(
+        cast(params, program.compute_dtype),
+        program.config,
+        micro["tokens"],
+        micro["positions"],
+        micro["segments"],
+        micro["parents"],
+        None if replay is None else jnp.transpose(replay.astype(jnp.int32), (2, 0, 1, 3)),
+        keep=("load",),
+        remat=program.remat,
+        unroll=program.scan_unroll,
+    )
+
+
+def _rows(layout: sharding.Layout, batch: Batch) -> Batch:
+    """Microbatches as they lie on the mesh."""
+    return {name: sharding.constrain(a, None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
+
+
+def make_score(program: Program) -> Callable[[Params, Batch, int], Array]:
+    """Log-probabilities [M, B, T] of the targets under given parameters; zeros past the first `n` microbatches."""
+
+    @jax.jit
+    def score(params: Params, batch: Batch, n: Array) -> Array:
+        with sharding.use(program.layout):
+            batch = _rows(program.layout, batch)
+
+            def one(i: Array, out: Array) -> Array:
+                micro = jax.tree.map(lambda a: a[i], batch)
+                x = _run(program, params, micro).x
+                weights = cast(params, program.compute_dtype)
+                return out.at[i].set(transformer.token_logps(weights, x, micro["targets"], program.temperature)[0])
+
+            return jax.lax.fori_loop(0, n, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+    return score
+
+
+def _accumulate(
+    gradient: Callable[[Params, Batch], tuple[tuple[Array, dict], Params]], params: Params, batch: Batch, n: Array
+) -> tuple[Array, dict, Params]:
+    """Sums of loss, record and gradients over the first `n` microbatches."""
+    first = jax.tree.map(lambda a: a[0], batch)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, first))
+
+    def body(i: Array, total: tuple) -> tuple:
+        (loss, record), grads = gradient(params, jax.tree.map(lambda a: a[i], batch))
+        (loss_so_far, record_so_far), grads_so_far = total
+        record = grpo.accumulate(record_so_far, record)
+        return (loss_so_far + loss, record), jax.tree.map(jnp.add, grads_so_far, grads)
+
+    (loss, record), grads = jax.lax.fori_loop(0, n, body, zero)
+    return loss, record, grads
+
+
+def _step(
+    program: Program, optimizer: optax.GradientTransformation, gradient: Callable, state: State, batch: Batch, n: Array
+) -> tuple[State, dict[str, Array]]:
+    loss, record, grads = _accumulate(gradient, state["policy"], _rows(program.layout, batch), n)
+    policy, opt, metrics = optim.apply(optimizer, state["policy"], state["optim"], grads, loss)
+    if program.router_bias_rate and program.config.router_bias:
+        policy = _balance(policy, record, program.router_bias_rate)
+    return {"policy": policy, "optim": opt}, {**record, **metrics, "loss": loss}
+
+
+def _balance(policy: Params, record: dict[str, Array], rate: float) -> Params:
+    """Moves every router's bias against its experts' load (optim.router_bias_update)."""
+    policy = jax.tree.map(lambda a: a, policy)
+    for name, layer in (("load", policy.get("moe")), ("mtp_load", policy.get("mtp", {}).get("layer"))):
+        if name in record and layer is not None:
+            moved = optim.router_bias_update(layer["mlp"]["router_bias"], record[name], rate)
+            layer["mlp"]["router_bias"] = moved
+    return policy
+
+
+def _with_load(record: dict[str, Array], load: Array | None) -> dict[str, Array]:
+    return record if load is None else {**record, "load": load}
+
+
+def make_rl_update(
+    program: Program, settings: grpo.GrpoConfig, optimizer: optax.GradientTransformation, row_sequences: int
+) -> Callable[[State, Batch, int], tuple[State, dict[str, Array]]]:
+    """One GRPO step: (state, minibatch) to (state, sums for grpo.finish_metrics).
+
+    The minibatch holds data.packing's arrays and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
+    old_logp except for the first minibatch of a rollout, which is on-policy by construction, and replay for a MoE.
+    """
+
+    def gradient(params: Params, micro: Batch) -> tuple[tuple[Array, dict], Params]:
+        def loss_of(params: Params) -> tuple[Array, dict]:
+            out = _run(program, params, micro)
+            weights = cast(params, program.compute_dtype)
+            logp, entropy = transformer.token_logps(weights, out.x, micro["targets"], program.temperature)
+            loss, record = grpo.loss(
+                grpo.LossInputs(
+                    logp=logp,
+                    old_logp=micro.get("old_logp", jax.lax.stop_gradient(logp)),
+                    ref_logp=micro.get("ref_logp"),
+                    sampler_logp=micro["sampler_logp"],
+                    advantage=micro["advantage"],
+                    weights=micro["weights"],
+                    is_completion=micro["is_completion"],
+                    sequence=micro["sequence"],
+                ),
+                settings,
+                row_sequences,
+            )
+            record["entropy"] = jnp.where(micro["is_completion"], entropy, 0.0).sum()
+            return loss, _with_load(record, out.load)
+
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: State, batch: Batch, n: Array) -> tuple[State, dict[str, Array]]:
+        with sharding.use(program.layout):
+            return _step(program, optimizer, gradient, state, batch, n)
+
+    return update
+
+
+def _following(micro: Batch) -> Batch:
+    """Targets one token further (multi-token prediction), where the same segment goes on."""
+    ahead = {name: jnp.roll(micro[name], -1, axis=1) for name in ("targets", "segments", "is_completion")}
+    inside = (ahead["segments"] == micro["segments"]) & (jnp.arange(micro["tokens"].shape[1]) < micro["tokens"].shape[1] - 1)
+    return {"targets": ahead["targets"], "counted": inside & ahead["is_completion"]}
+
+
+def make_sft_update(
+    program: Program, optimizer: optax.GradientTransformation
+) -> Callable[[State, Batch, int], tuple[State, dict[str, Array]]]:
+    """One next-token step over the targets where `is_completion` is true, plus multi-token prediction where the model has it.
+
+    Sums returned: tokens, nll, entropy and, with multi-token prediction, mtp_nll over mtp_tokens.
+    """
+    config = program.config
+
+    def gradient(params: Params, micro: Batch, total: Array) -> tuple[tuple[Array, dict], Params]:
+        def loss_of(params: Params) -> tuple[Array, dict]:
+            out = _run(program, params, micro)
+            weights = cast(params, program.compute_dtype)
+            logp, entropy = transformer.token_logps(weights, out.x, micro["targets"])
+            counted = micro["is_completion"]
+            nll = -jnp.where(counted, logp, 0.0).sum()
+            record = {"tokens": counted.sum(dtype=jnp.float32), "nll": nll, "entropy": jnp.where(counted, entropy, 0.0).sum()}
+            record, loss = _with_load(record, out.load), nll / total
+            if config.num_nextn_predict_layers and program.mtp_weight:
+                ahead = _following(micro)
+                x, load = transformer.next_token_hidden(
+                    weights, config, out.residual, micro["targets"], micro["positions"], micro["segments"]
+                )
+                logp, _ = transformer.token_logps(weights, x, ahead["targets"])
+                mtp = -jnp.where(ahead["counted"], logp, 0.0).sum()
+                record |= {"mtp_nll": mtp, "mtp_tokens": ahead["counted"].sum(dtype=jnp.float32)}
+                record |= {} if load is None else {"mtp_load": load}
+                loss = loss + program.mtp_weight * mtp / total
+            return loss, record
+
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: State, batch: Batch, n: Array) -> tuple[State, dict[str, Array]]:
+        with sharding.use(program.layout):
+            total = jnp.maximum(batch["is_completion"].sum(dtype=jnp.float32), 1.0)
+            return _step(program, optimizer, partial(gradient, total=total), state, batch, n)
+
+    return update

@@ -1,0 +1,177 @@
+"""Worked solutions of Countdown problems as many writers of very different quality would leave them.
+
+The raw material of the embedded base model: R1-Zero starts from a base that has read good and bad reasoning, and RL
+finds the good (arXiv 2501.12948, section 2.2). Nearly half of the writers guess, some answer their first try, some give
+up after a few, and a patient minority searches, takes back and checks until it is found. The mixture knows nothing of
+the reward: the weights below are all there is, and many writers do not keep to the answer format. The tables and the
+mixture are our choice.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from r1jax.countdown import LARGEST_INTERMEDIATE, Attempt, Problem, attempts, expression_of, second_step
+
+SLIP_RATE = 0.025  # share of the equations that writers without patience get wrong
+LONGEST_SEARCH = 20  # attempts
+# Patient writers feel which attempts come near: an attempt has weight (1 + |result - target|) ** -INSIGHT to be next.
+INSIGHT = 0.35
+
+# Each table: a phrase and how often it is used, relative to the others.
+THOUGHTS = {
+    "I guess. ": 8,
+    "I guess this is right. ": 5,
+    "no idea, just a guess. ": 4,
+    "this looks right. ": 4,
+    "maybe this one. ": 3,
+    "that is hard. ": 2,
+    "easy. ": 2,
+}
+SEPARATORS = {", ": 6, "; ": 2, " then ": 2}
+MISSES = {", no. ": 6, ", not it. ": 2, ". no, ": 2}
+RESIGNATIONS = {". ": 6, ", fine. ": 2, ", good enough. ": 2}
+SURRENDERS = {"I give up. ": 3, "that is close. ": 3, "it must do. ": 2, "no time. ": 1, "however, I stop here. ": 1}
+OPENINGS = {"": 6, "let me try. ": 3, "step by step. ": 2}
+RETREATS = {
+    ", wait, that is not it. ": 9,
+    ". wait, ": 4,
+    ", but that is not it. ": 2,
+    ". a mistake, retry. ": 1,
+    ". however, ": 1,
+}
+OVERSHOOT = {", too large. ": 1, ", too small. ": 1}
+HITS = {", yes. ": 5, ", that is it. ": 2, ", found it. ": 2}
+CHECKS = {"check: ": 7, "let me verify: ": 2, "check again: ": 1}
+REMARKS = {" I hope so.": 3, " done.": 2, " or something else.": 1}
+
+WELL_FORMED = " <think> {thought}</think> <answer>{answer}</answer>"
+ILL_FORMED = {
+    " {answer}": 3,
+    " {thought}{answer}": 2,
+    " the answer is {answer}.": 3,
+    " <answer>{answer}</answer>": 3,
+    " <think> {thought}</think> {answer}": 3,
+    " <think> {thought}<answer>{answer}</answer>": 2,
+    " <think> {thought}</think> <answer>{answer}": 3,
+    WELL_FORMED + "{remark}": 3,
+}
+
+
+def pick(rng: random.Random, table: dict[str, float]) -> str:
+    """A key of `table`, drawn by its weight."""
+    return rng.choices(list(table), list(table.values()))[0]
+
+
+def search(problem: Problem, rng: random.Random, insight: float) -> Iterator[Attempt]:
+    """Every attempt once, near ones sooner: a weighted draw without replacement, as a race of exponential clocks."""
+    possible = attempts(problem.numbers)
+    clocks = [rng.expovariate(1.0) * (1 + abs(a.result - problem.target)) ** insight for a in possible]
+    return (possible[i] for i in sorted(range(len(possible)), key=clocks.__getitem__))
+
+
+def calculated(value: int, rng: random.Random, slip_rate: float) -> int:
+    """What a writer gets for `value`; a slip is a miscounted unit or ten."""
+    slip = rng.choice((-10, -1, 1, 10)) if rng.random() < slip_rate else 0
+    return min(max(value + slip, 0), LARGEST_INTERMEDIATE)
+
+
+def written_steps(attempt: Attempt, separator: str, rng: random.Random, slip_rate: float) -> tuple[str, int]:
+    """The two equations of an attempt, and the number that the writer believes to have reached.
+
+    Whoever slips in the first goes on with the wrong number.
+    """
+    middle = calculated(attempt.middle, rng, slip_rate)
+    left, right, result = second_step(middle, attempt.op2, attempt.rest)
+    reached = calculated(result, rng, slip_rate)
+    first = f"{attempt.first}{attempt.op1}{attempt.second}={middle}"
+    return f"{first}{separator}{left}{attempt.op2}{right}={reached}", reached
+
+
+def guess(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """No calculation: some expression over the numbers, seldom with one of them used twice."""
+    a, b, c = rng.sample(problem.numbers, 3)
+    c = a if rng.random() < 0.04 else c
+    op1, op2 = rng.choices("+-*", k=2)
+    answer = f"({a}{op1}{b}){op2}{c}" if rng.random() < 0.75 else f"{a}{op1}({b}{op2}{c})"
+    return pick(rng, THOUGHTS), answer
+
+
+def try_once(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """One attempt, answered whatever it gives."""
+    attempt = next(search(problem, rng, insight=0.0))
+    text, _ = written_steps(attempt, pick(rng, SEPARATORS), rng, SLIP_RATE)
+    return text + pick(rng, RESIGNATIONS), expression_of(attempt, bare=rng.random() < 0.15)
+
+
+def try_a_few(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """Two or three attempts in any order; then the closest or the last one is the answer."""
+    separator, miss, limit = pick(rng, SEPARATORS), pick(rng, MISSES), rng.choice((2, 2, 3))
+    thought, tried = "", []
+    for _, attempt in zip(range(limit), search(problem, rng, insight=0.0), strict=False):
+        text, reached = written_steps(attempt, separator, rng, SLIP_RATE)
+        tried.append((abs(reached - problem.target), attempt))
+        if reached == problem.target:
+            thought += text + pick(rng, HITS)
+            break
+        thought += text + miss
+    else:
+        thought += pick(rng, SURRENDERS)
+    closest = reached == problem.target or rng.random() < 0.6
+    _, attempt = min(tried, key=lambda pair: pair[0]) if closest else tried[-1]
+    return thought, expression_of(attempt, bare=rng.random() < 0.15)
+
+
+def search_patiently(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """Attempt after attempt, exactly, taking back what is not it, until the target is reached; then a check."""
+    order = list(search(problem, rng, INSIGHT))
+    results = [a.result for a in order]
+    tried = order[: results.index(problem.target) + 1][-LONGEST_SEARCH:]
+    separator, miss = pick(rng, SEPARATORS), pick(rng, MISSES)
+    thought = pick(rng, OPENINGS)
+    for attempt in tried:
+        text, reached = written_steps(attempt, separator, rng, slip_rate=0.0)
+        thought += text
+        draw = rng.random()
+        if reached == problem.target:
+            thought += pick(rng, HITS)
+        elif draw < 0.35:
+            thought += pick(rng, RETREATS)
+        elif draw < 0.5:
+            thought += ", too large. " if reached > problem.target else ", too small. "
+        else:
+            thought += miss
+    answer = expression_of(tried[-1], bare=rng.random() < 0.15)
+    return f"{thought}{pick(rng, CHECKS)}{answer}={problem.target}. ", answer
+
+
+class Writer(NamedTuple):
+    """A kind of writer: its share of the documents, how often it keeps the format, and how it works."""
+
+    share: float
+    keeps_format: float
+    work: Callable[[Problem, random.Random], tuple[str, str]]
+
+
+WRITERS = {
+    "blind": Writer(0.47, 0.67, guess),
+    "one_try": Writer(0.23, 0.67, try_once),
+    "few_tries": Writer(0.19, 0.85, try_a_few),
+    "patient": Writer(0.11, 0.93, search_patiently),
+}
+
+
+def choose_writer(rng: random.Random) -> str:
+    """A name of WRITERS, drawn by its share."""
+    return pick(rng, {name: writer.share for name, writer in WRITERS.items()})
+
+
+def worked_solution(problem: Problem, rng: random.Random, writer: str | None = None) -> str:
+    """A completion for the problem's prompt by `writer`, or by one chosen at random.
+
+    It begins with a space, as the prompt ends with a colon, and has no end-of-sequence mark.
+    """
+    _, keeps_format, work = WRITERS[writer or choose_writer(rng)]
+    thought, answer = work(problem, rng)
+    form = WELL_FORMED if rng.random() < keeps_format else pick(rng, ILL_FORMED)
+    return form.format(thought=thought, answer=answer, remark=pick(rng, REMARKS))

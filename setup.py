@@ -1,0 +1,60 @@
+"""The package and its extras. Bounds are the oldest that may work; `requirements.lock` holds the tested versions."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "r1jax" / "__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+
+CORE = [
+    "absl-py>=2.1",
+    "etils>=1.9",
+    "flax>=0.12",
+    "importlib-resources>=6.4",  # tensorflow-datasets prepares data with it but does not ask for it
+    "jax>=0.10",
+    "jaxtyping>=0.3",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.30",
+    "rich>=13.7",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "sympy>=1.13",
+    "tensorboardX>=2.6.2",
+    "tensorflow-datasets>=4.9.9",
+    "tokenizers>=0.21",
+]
+TEST = [
+    "beartype>=0.19",
+    "hypothesis>=6.100",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    # Reference implementations to compare numbers with; one Python is enough for that, and torch is a large download.
+    "torch>=2.6; python_version < '3.12'",
+    "transformers>=4.56; python_version < '3.12'",
+]
+
+setup(
+    name="r1jax",
+    version=VERSION,
+    description="The system that trains DeepSeek-R1, in JAX for TPU pods",
+    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["r1jax", "r1jax.*"]),
+    package_data={"r1jax": ["base/*", "*.html", "report_page/*"]},
+    install_requires=CORE,
+    extras_require={
+        "test": TEST,
+        "gym": ["reasoning-gym>=0.1.20"],  # not in [test]: one of its dependencies needs a C compiler to install
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+    },
+)

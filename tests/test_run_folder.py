@@ -1,0 +1,70 @@
+"""Which completions and curves of a run are shown: evenly chosen, in order, averaged without bias."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from r1jax import curves, run_folder
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 12, 97])
+def test_every_prefix_of_spread_is_even(n: int) -> None:
+    order = run_folder.spread(n)
+    assert sorted(order) == list(range(n))
+    for size in range(2, n + 1):
+        gaps = np.diff(sorted(order[:size]))
+        assert sorted(order[:2]) == [0, n - 1]
+        assert gaps.max() <= 2 * math.ceil((n - 1) / (size - 1)) + 1
+
+
+def test_a_long_completion_keeps_its_ends_and_their_log_probabilities(tmp_path: pathlib.Path) -> None:
+    n = 5_000
+    line = {
+        "rollout": 0,
+        "step": 0,
+        "prompt_id": "p",
+        "member": 0,
+        "completion": "",
+        "tokens": [f" {i}" for i in range(n)],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps({**line, "logp": [-i / 100 for i in range(n)]}))
+    notes: list[str] = []
+    (completion,) = run_folder.sample_completions(tmp_path, notes)["completions"]
+    assert completion["length"] == n and any("longer completions" in note for note in notes)
+    cut = completion["cut"]
+    shown = [*range(cut["at"]), *range(cut["at"] + cut["tokens"], n)]
+    assert completion["tokens"] == [f" {i}" for i in shown]
+    assert completion["logp"] == [-i for i in shown]
+
+
+def test_prompts_are_told_apart_by_what_they_do_not_share() -> None:
+    template = "Think, then answer. User: Using {} and + - *, make {}. Assistant:"
+    prompts = [template.format("3, 5", 16), template.format("3, 7", 26)]
+    assert run_folder.prompt_labels(prompts) == ["Using 3, 5 and + - *, make 16", "Using 3, 7 and + - *, make 26"]
+    assert run_folder.prompt_labels(["one", "two"]) == ["one", "two"]
+    assert run_folder.prompt_labels(["same", "same"]) == ["same", "same"]
+    assert run_folder.prompt_labels(["x" * 200])[0].startswith("xxx")
+
+
+@pytest.mark.parametrize("n", [0, 1, 30, 100])
+def test_moving_mean_is_the_mean_of_the_values_around(n: int) -> None:
+    y = np.random.default_rng(0).normal(size=n)
+    reach = round(n * curves.SMOOTHING) // 2
+    wanted = [y[max(i - reach, 0) : i + reach + 1].mean() for i in range(n)]
+    np.testing.assert_allclose(curves.moving_mean(y), wanted, rtol=1e-12)
+
+
+def test_a_long_line_is_averaged_in_bins() -> None:
+    records = [{"step": step, "kl/mean": float(step)} for step in range(10 * curves.MAX_POINTS)]
+    line = curves.metric_line(records, "kl/mean")
+    assert len(line["x"]) == len(line["y"]) == curves.MAX_POINTS
+    assert line["x"][:2] == [4.5, 14.5] and line["x"] == line["y"]
+
+
+def test_levels_are_in_order_of_number() -> None:
+    by_level = {level: {"pass_at_1": 0.5, "mean_completion_tokens": 10.0} for level in ("10", "2", "hard", "1")}
+    bars = curves.level_charts([{"by_level": by_level}])[0]["bars"]
+    assert [bar["label"] for bar in bars] == ["measured"] and bars[0]["x"] == ["1", "2", "10", "hard"]

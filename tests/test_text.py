@@ -1,0 +1,185 @@
+"""Tokenizers lose nothing and never raise on what was sampled; templates are the published ones."""
+
+import gzip
+import itertools
+import json
+import pathlib
+import random
+
+import pytest
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from r1jax import corpus, writers
+from r1jax.countdown import problems_of, question_of
+from r1jax.text import TEMPLATES, check_fits, load_tokenizer, reflective_words, render_prompt
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+BASE = load_tokenizer(corpus.BASE)
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory) -> pathlib.Path:
+    """A byte-level tokenizer.json without merges, with R1's kind of special tokens."""
+    folder = tmp_path_factory.mktemp("json")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.add_tokens(["<think>"])
+    begin = backend.token_to_id("<bos>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", begin)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>", "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@given(st.text())
+@example("\u2581 \u2581\u2581 literal space marks")
+@example("  two  spaces \t\n\r\x00 and </s> <pad> <0x41> \ufeff")
+@example("小明有12个苹果 🍎🏽 e\u0301")
+def test_any_text_comes_back(text):
+    assert BASE.decode(BASE.encode(text)) == text
+
+
+def test_any_text_comes_back_through_tokenizer_json(json_folder):
+    tokenizer = load_tokenizer(json_folder)
+
+    @given(st.text())
+    @example("<think> 小明 🍎 </think>")
+    def law(text):
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<eos>", "").replace("<bos>", "")
+
+    law()
+
+
+def test_gsm8k_comes_back():
+    path = SHARED / "gsm8k_test.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    for line in path.read_text(encoding="utf-8").splitlines()[:100]:
+        for text in json.loads(line).values():
+            assert not isinstance(text, str) or BASE.decode(BASE.encode(text)) == text
+
+
+@given(st.lists(st.integers(-5, 600)))
+def test_decoding_never_raises(ids):
+    text = BASE.decode(ids)
+    assert text.count("\ufffd") >= sum(not 0 <= i < BASE.vocab_size for i in ids)
+
+
+def test_odd_ids_and_bytes_show_and_markers_do_not(json_folder):
+    tag = BASE.encode("<think>")
+    assert BASE.decode([BASE.bos_id, *tag, BASE.vocab_size, -1, BASE.eos_id, BASE.pad_id]) == "<think>\ufffd\ufffd"
+    assert BASE.decode(BASE.encode("é")[:1]) == "\ufffd"
+    other = load_tokenizer(json_folder)
+    tag = other.encode("<think>")
+    assert tag == [other.vocab_size - 1] and other.pad_id == other.eos_id
+    assert other.decode([other.bos_id, *tag, 9999, other.eos_id]) == "<think>\ufffd"
+    assert other.decode(other.encode("é")[:1]) == "\ufffd"
+
+
+@pytest.mark.parametrize("surrogate", ["\ud800", "a\udfffb"])
+def test_lone_surrogates_do_not_raise(surrogate, json_folder):
+    for tokenizer in (BASE, load_tokenizer(json_folder)):
+        assert tokenizer.decode(tokenizer.encode(surrogate)) == surrogate.encode("utf-8", "replace").decode()
+
+
+def test_a_number_is_one_token_wherever_it_stands():
+    alone = {n: BASE.encode(str(n)) for n in range(200)}
+    assert all(len(ids) == 1 for ids in alone.values())
+    for n, (before, after) in itertools.product(
+        alone, [("(", ")"), ("=", ", "), ("*", "="), ("- ", "."), (", ", "\n")]
+    ):
+        assert BASE.encode(f"{before}{n}{after}") == BASE.encode(before) + alone[n] + BASE.encode(after)
+
+
+@given(st.text(), st.text(), st.sampled_from(sorted(TEMPLATES)))
+def test_prompt_and_completion_encode_apart(question, completion, template):
+    prompt = render_prompt(template, question)
+    assert BASE.encode(prompt + completion) == BASE.encode(prompt) + BASE.encode(completion)
+
+
+def test_the_task_costs_few_tokens():
+    rng = random.Random(0)
+    for problem in problems_of("test")[:200]:
+        prompt = render_prompt("r1_zero", question_of(problem))
+        assert len(BASE.encode(prompt)) <= 16
+        completion = writers.worked_solution(problem, rng, "patient")
+        assert BASE.encode(prompt + completion) == BASE.encode(prompt) + BASE.encode(completion)
+    assert len(BASE.encode("8-3=5, 5*2=10, wait, that is not it. ")) <= 12
+    assert [len(BASE.encode(tag)) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [1, 1, 1, 1]
+
+
+def test_the_tokenizer_of_deepseek_r1(tmp_path):
+    packed = SHARED / "deepseek_r1" / "tokenizer.json.gz"
+    if not packed.exists():
+        pytest.skip(f"{packed} is absent")
+    (tmp_path / "tokenizer.json").write_bytes(gzip.decompress(packed.read_bytes()))
+    (tmp_path / "tokenizer_config.json").write_bytes((packed.parent / "tokenizer_config.json").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 1)
+    assert tokenizer.vocab_size == 128_815
+    check_fits(tokenizer, json.loads((packed.parent / "config.json").read_text())["vocab_size"])
+    for text in (" <think> 3*5=15, wait. </think>\n<answer>小明 🍎</answer>", "\\frac{1}{2}"):
+        assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_id]) == text
+
+
+def test_a_tokenizer_too_large_for_the_embedding_is_refused():
+    check_fits(BASE, BASE.vocab_size)
+    check_fits(BASE, BASE.vocab_size + 64)
+    with pytest.raises(ValueError, match=r"512 ids.*only 511 rows.*config\.model\.path"):
+        check_fits(BASE, 511)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer.json or tokenizer.model"),
+        ({"tokenizer.model": b""}, "tokenizer.model"),
+        ({"tokenizer.model": b"not a model"}, "tokenizer.model is not a SentencePiece model"),
+        ({"tokenizer.json": b'{"truncated'}, "tokenizer.json is not a tokenizer"),
+        ({"tokenizer.json": None}, "cannot read .*tokenizer_config.json"),
+        ({"tokenizer.json": None, "tokenizer_config.json": b"[1"}, "cannot read .*tokenizer_config.json"),
+        ({"tokenizer.json": None, "tokenizer_config.json": b'{"eos_token": "<end>"}'}, "names no eos_token"),
+    ],
+)
+def test_broken_folders_are_named(files, message, tmp_path, json_folder):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes((json_folder / name).read_bytes() if content is None else content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_template_is_the_published_one():
+    prompt = render_prompt("r1_zero", "Using 3, 5, 7 and + - *, make 26.")
+    assert prompt == (
+        "A conversation between User and Assistant. "
+        "The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and "
+        "then provides the user with the answer. "
+        "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+        "User: Using 3, 5, 7 and + - *, make 26. Assistant:"
+    )
+    assert prompt.endswith(render_prompt("plain", "Using 3, 5, 7 and + - *, make 26."))
+
+
+def test_a_question_keeps_its_own_end():
+    assert render_prompt("plain", "What is {x} in {question}?") == "User: What is {x} in {question}?. Assistant:"
+    assert render_prompt("plain", "Say it. ") == "User: Say it. Assistant:"
+    with pytest.raises(ValueError, match=r"'chatml'.*config\.data\.template.*r1_zero"):
+        render_prompt("chatml", "Say it.")
+
+
+def test_reflective_words_are_whole_words_in_any_case():
+    assert reflective_words("Wait, a MISTAKE. However, but retry; error: verify, evaluate, check.") == 9
+    assert reflective_words("waiter, checked, butter, unverify") == 0
+    assert reflective_words("wait wait") == 2
