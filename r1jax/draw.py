@@ -1,7 +1,7 @@
 """How one token is drawn: temperature, top-k, top-p, and whose random number decides.
 
-Draws derive from (run key, rollout, prompt, member, position) alone, so that slots, batch and mesh do not matter. A token
-is drawn by inverting the cumulative distribution: one random number per token instead of one per vocabulary entry.
+Draws derive from (run key, rollout, prompt, member, position) alone, so that slots, batch and mesh do not matter. A
+token is drawn by inverting the cumulative distribution: one random number a token, not one per vocabulary entry.
 """
 
 import dataclasses
@@ -28,9 +28,7 @@ class DrawConfig:
             raise ValueError(f"top_p is {self.top_p}, wanted above 0 and at most 1")
 
 
-def sample_keys(
-    rollout_key: Array, prompts: Int[Array, "n"], members: Int[Array, "n"]
-) -> UInt32[Array, "n 2"]:
+def sample_keys(rollout_key: Array, prompts: Int[Array, "n"], members: Int[Array, "n"]) -> UInt32[Array, "n 2"]:
     """Key data of each (prompt, member) of a rollout."""
     fold = jax.vmap(lambda prompt, member: jax.random.fold_in(jax.random.fold_in(rollout_key, prompt), member))
     return jax.random.key_data(fold(prompts, members))

@@ -1,7 +1,8 @@
-"""The RL loop: the seven moves of one GRPO rollout, one call each (DeepSeekMath, arXiv 2402.03300, algorithm 1; R1 report).
+"""The RL loop: the moves of one GRPO rollout, one call each (DeepSeekMath, arXiv 2402.03300, algorithm 1).
 
-(1) take whole prompts, (2) lay the policy out for decoding and sample, (3) grade while other slots decode, (4) advantages per
-group, (5) old and reference log-probabilities, (6) one update per minibatch, (7) save everything together.
+(1) take whole prompts, (2) lay the policy out for decoding and sample, (3) grade while other slots decode,
+(4) advantages per group, (5) old and reference log-probabilities, (6) one update per minibatch,
+(7) save everything together.
 """
 
 import dataclasses
@@ -217,9 +218,9 @@ def rl_loop(
                     s = groups[at.step // shown["sample_every"] % len(groups)][0]
                     progress.sample(at.step, s.prompt, s.text, s.graded.reward)
             at.rollout += 1
-            if eval_every and at.step // eval_every > (at.step - settings.minibatches) // eval_every:
-                if at.step < settings.updates:
-                    moves.evaluate(moves.to_decode(state["policy"]), at.step)
+            due = eval_every and at.step // eval_every > (at.step - settings.minibatches) // eval_every
+            if due and at.step < settings.updates:
+                moves.evaluate(moves.to_decode(state["policy"]), at.step)
             stopping = hosts.any_across(run.stop.requested)
             if at.step // saved.save_every > saved_at // saved.save_every or at.step >= settings.updates or stopping:
                 save()
@@ -296,6 +297,6 @@ def _write(
 
 
 def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
-    """A function that lays weights out for decoding, in the compute dtype: device to device, nothing through the host."""
+    """A function that lays weights out for decoding, in the compute dtype, from device to device."""
     lies = param_shardings(policy.config, layout)
     return jax.jit(lambda params: updates.cast(params, dtype), out_shardings=lies)

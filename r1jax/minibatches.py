@@ -1,7 +1,7 @@
 """From graded groups to packed minibatches: advantages per group, then the random split, then the packing.
 
-The order matters (R1 report, supplement on GRPO): the baseline is that of the whole group, whatever minibatch its members
-end up in. Every array is aligned to the position that predicts the token.
+The order matters (R1 report, supplement on GRPO): the baseline is that of the whole group, whatever minibatch its
+members end up in. Every array is aligned to the position that predicts the token.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ class Trained:
     is_trained: bool
 
 
-def with_advantages(groups: Sequence[Group], settings: grpo.GrpoConfig, max_completion_tokens: int) -> list[list[Trained]]:
+def with_advantages(
+    groups: Sequence[Group], settings: grpo.GrpoConfig, max_completion_tokens: int
+) -> list[list[Trained]]:
     """Advantages of each group, overlong completions handled as `settings.overlong` says."""
     rewards, is_trained = grpo.handle_overlong(
         settings.overlong,
@@ -54,7 +56,9 @@ def with_advantages(groups: Sequence[Group], settings: grpo.GrpoConfig, max_comp
 def split(items: Sequence[Trained], minibatches: int, seed: tuple[int, ...]) -> list[list[Trained]]:
     """A random split into minibatches of equal size; raises ValueError where it does not come out even."""
     if len(items) % minibatches:
-        raise ValueError(f"{len(items)} completions do not split into config.rl.minibatches = {minibatches} equal parts")
+        raise ValueError(
+            f"{len(items)} completions do not split into config.rl.minibatches = {minibatches} equal parts"
+        )
     order = np.random.default_rng(seed).permutation(len(items))
     return [[items[i] for i in part] for part in np.split(order, minibatches)]
 

@@ -1,4 +1,4 @@
-"""The ordered stages of a run: each starts from what the one before left, and a run that was cut short goes on where it was."""
+"""The ordered stages of a run: each starts from what the one before left; a run that was cut short goes on."""
 
 import difflib
 import importlib
@@ -26,7 +26,7 @@ BASE = pathlib.Path(r1jax.__file__).parent / "base"
 
 
 def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Policy:
-    """The released model at config.model.path (empty: the packaged base), or random weights where a stage starts from nothing."""
+    """The model at config.model.path (empty: the packaged base), or random weights if the first stage makes its own."""
     folder = pathlib.Path(config.model.path or BASE)
     tokenizer = text.load_tokenizer(folder)
     if config.stages[0] in FROM_NOTHING:

@@ -12,7 +12,8 @@ import numpy as np
 
 from r1jax import hosts
 from r1jax.rewards.pool import Graded, RewardPool
-from r1jax.sampler import Sampler
+from r1jax.sampler import sample as sample_requests
+from r1jax.slots import Verbs
 from r1jax.text import Tokenizer, render_prompt
 from r1jax.types import Completion, Example, Params, Request
 
@@ -81,7 +82,7 @@ def stop_text_finder(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> Callabl
 
 
 def collect(
-    sampler: Sampler,
+    verbs: Verbs,
     params: Params,
     tokenizer: Tokenizer,
     pool: RewardPool,
@@ -111,7 +112,7 @@ def collect(
     find_stop = stop_text_finder(tokenizer, stop_texts)
     completions: dict[int, tuple[Completion, str]] = {}
     graded: dict[int, Graded] = {}
-    for completion in sampler.run(params, requests, rollout_key, max_completion_tokens, find_stop):
+    for completion in sample_requests(verbs, params, requests, rollout_key, max_completion_tokens, find_stop):
         i = completion.prompt - first_prompt
         ticket = i * group_size + completion.member
         text = completion_text(tokenizer, completion)

@@ -33,7 +33,7 @@ class Policy:
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
-    folder: pathlib.Path | None  # where tokenizer files lie
+    folder: pathlib.Path  # where tokenizer files lie
 
 
 class Stopped(Exception):
@@ -85,5 +85,3 @@ def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoi
 def check_finite(opt: optim.OptimState, limit: int) -> None:
     """Stops a run whose last `limit` steps were all skipped."""
     optim.check_non_finite(int(opt.skipped_in_a_row), limit)
-
-

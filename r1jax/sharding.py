@@ -30,8 +30,8 @@ TRAIN: Rules = {
     "vocab": ("tensor",),
 }
 
-# Decoding: every step reads every weight, so none is gathered over fsdp; slots take the axes that training gives to rows.
-DECODE: Rules = {**TRAIN, "rows": ("data", "fsdp", "expert"), "tokens": (), "width": ()}
+# Decoding: every step reads every weight, so none is gathered over fsdp; slots lie as rows do in training.
+DECODE: Rules = {**TRAIN, "tokens": (), "width": ()}
 
 PHASES = {"train": TRAIN, "decode": DECODE}
 
@@ -78,7 +78,9 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if free and len(devices) % fixed == 0:
         shape[free[0]] = len(devices) // fixed
     if int(np.prod(list(shape.values()))) != len(devices):
-        raise ValueError(f"config.mesh {shape} does not multiply to the {len(devices)} devices at hand; change config.mesh.*")
+        raise ValueError(
+            f"config.mesh {shape} does not multiply to the {len(devices)} devices at hand; change config.mesh.*"
+        )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
 

@@ -15,11 +15,15 @@ Params = dict[str, Any]  # nested dicts of arrays, layers stacked on a leading a
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One completion to sample: `prompt` and `member` name its random draws, `tokens` its prompt ids."""
+    """One completion to sample: `prompt` and `member` name its random draws, `tokens` its prompt ids.
+
+    It ends after `max_tokens` at the latest, 0: when the call says.
+    """
 
     prompt: int
     member: int
     tokens: tuple[int, ...]
+    max_tokens: int = 0
 
 
 @dataclasses.dataclass

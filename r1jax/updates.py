@@ -1,7 +1,8 @@
 """The jitted steps: scoring of given tokens, the GRPO update, the next-token update (pretraining and SFT).
 
-A minibatch is a tree of arrays [M, B, T]: microbatches of B packed rows, the first n of which hold anything. Their gradients
-add up exactly to those of the whole; n is not static, so that minibatches of other sizes run the same program. State is donated. Each maker is called once with static settings and returns a jitted function.
+A minibatch is a tree of arrays [M, B, T]: microbatches of B packed rows, the first n of which hold anything. Their
+gradients add up exactly to those of the whole; n is not static, so that minibatches of any size run one program.
+State is donated. Each maker is called once with static settings and returns a jitted function.
 """
 
 import dataclasses
@@ -182,14 +183,16 @@ def make_rl_update(
 def _following(micro: Batch) -> Batch:
     """Targets one token further (multi-token prediction), where the same segment goes on."""
     ahead = {name: jnp.roll(micro[name], -1, axis=1) for name in ("targets", "segments", "is_completion")}
-    inside = (ahead["segments"] == micro["segments"]) & (jnp.arange(micro["tokens"].shape[1]) < micro["tokens"].shape[1] - 1)
+    inside = (ahead["segments"] == micro["segments"]) & (
+        jnp.arange(micro["tokens"].shape[1]) < micro["tokens"].shape[1] - 1
+    )
     return {"targets": ahead["targets"], "counted": inside & ahead["is_completion"]}
 
 
 def make_sft_update(
     program: Program, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Batch, int], tuple[State, dict[str, Array]]]:
-    """One next-token step over the targets where `is_completion` is true, plus multi-token prediction where the model has it.
+    """One next-token step over the targets where `is_completion` is true, and multi-token prediction if it can.
 
     Sums returned: tokens, nll, entropy and, with multi-token prediction, mtp_nll over mtp_tokens.
     """
@@ -202,7 +205,11 @@ def make_sft_update(
             logp, entropy = transformer.token_logps(weights, out.x, micro["targets"])
             counted = micro["is_completion"]
             nll = -jnp.where(counted, logp, 0.0).sum()
-            record = {"tokens": counted.sum(dtype=jnp.float32), "nll": nll, "entropy": jnp.where(counted, entropy, 0.0).sum()}
+            record = {
+                "tokens": counted.sum(dtype=jnp.float32),
+                "nll": nll,
+                "entropy": jnp.where(counted, entropy, 0.0).sum(),
+            }
             record, loss = _with_load(record, out.load), nll / total
             if config.num_nextn_predict_layers and program.mtp_weight:
                 ahead = _following(micro)

@@ -142,13 +142,17 @@ def test_greedy_decoding(saved: Saved) -> None:
     np.testing.assert_array_equal(chosen[:, -65:-1], theirs[:, -64:])
 
 
-def test_export_holds_their_weights(saved: Saved, tmp_path: pathlib.Path) -> None:
+def test_export_is_their_model(saved: Saved, tmp_path: pathlib.Path) -> None:
     convert.save(saved.params, saved.config, tmp_path / "ours")
-    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    how = {"output_loading_info": True, "attn_implementation": "eager"}
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **how)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     want, got = saved.model.state_dict(), back.state_dict()
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(back.eval()(tokens).logits, saved.model(tokens).logits)
 
 
 def test_stored_names_are_theirs(saved: Saved) -> None:

@@ -78,11 +78,14 @@ class ModelConfig:
                     f"model.num_key_value_heads ({self.num_key_value_heads})"
                 )
         elif not (self.kv_lora_rank and self.qk_nope_head_dim and self.qk_rope_head_dim and self.v_head_dim):
-            raise ValueError("attention 'mla' needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim above zero")
+            raise ValueError(
+                "attention 'mla' needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim above zero"
+            )
         if self.n_routed_experts:
             if self.n_routed_experts % self.n_group:
                 raise ValueError(
-                    f"model.n_routed_experts ({self.n_routed_experts}) must be a multiple of model.n_group ({self.n_group})"
+                    f"model.n_routed_experts ({self.n_routed_experts}) must be a multiple of "
+                    f"model.n_group ({self.n_group})"
                 )
             reachable = self.topk_group * (self.n_routed_experts // self.n_group)
             if not 0 < self.num_experts_per_tok <= reachable:
@@ -94,7 +97,9 @@ class ModelConfig:
     @property
     def n_dense(self) -> int:
         """Leading layers with a dense MLP."""
-        return min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+        return (
+            min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+        )
 
     @property
     def n_moe(self) -> int:
@@ -103,7 +108,7 @@ class ModelConfig:
 
     @property
     def cache_width(self) -> int:
-        """Cached values per token and layer: 576 for DeepSeek-V3's latent, 2 * K * head_dim for grouped-query attention."""
+        """Cached values per token and layer: 576 for DeepSeek-V3's latent, 2 * K * head_dim without one."""
         if self.attention == "mla":
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.num_key_value_heads * self.head_dim

@@ -80,6 +80,4 @@ def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype
 
 
 LENGTH_AXIS = 3  # of the stacked cache arrays
-CACHE_AXES = {name: ("layers", "rows", "kv_heads", None, None) for name in "kv"}
-
-
+CACHE_AXES = dict.fromkeys("kv", ("layers", "rows", "kv_heads", None, None))

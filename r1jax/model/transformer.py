@@ -89,7 +89,9 @@ def logical_axes(config: ModelConfig) -> Params:
     """Logical axes of every weight: tuples of names as leaves."""
     model = nnx.eval_shape(lambda: Transformer(nnx.Rngs(0), config, jnp.float32))
     state = nnx.state(model, nnx.Param)
-    return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda p: isinstance(p, nnx.Param)))
+    return nnx.to_pure_dict(
+        jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda p: isinstance(p, nnx.Param))
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -174,9 +176,7 @@ def hidden(
     for name in ("dense", "moe"):
         if name in params:
             given = replay if name == "moe" else None
-            x, outs[name] = _stack(
-                params[name], config, x, positions, mask, segments > 0, given, keep, remat, unroll
-            )
+            x, outs[name] = _stack(params[name], config, x, positions, mask, segments > 0, given, keep, remat, unroll)
     routed = outs.get("moe", {})
     return Hidden(
         x=rms_norm(x, params["norm"], config.rms_norm_eps),
@@ -240,7 +240,7 @@ def next_token_hidden(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
-    """Hidden states that predict the token after `following` (DeepSeek-V3, equations 21 to 23), and its experts' load."""
+    """Hidden states that predict the token after `following` (DeepSeek-V3, equations 21 to 23), and expert loads."""
     p, eps = params["mtp"], config.rms_norm_eps
     both = [rms_norm(params["embed"][following], p["embed_norm"], eps), rms_norm(residual, p["hidden_norm"], eps)]
     x = jnp.concatenate(both, -1) @ p["proj"]

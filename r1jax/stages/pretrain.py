@@ -1,4 +1,4 @@
-"""Pretraining of a small base: next-token and multi-token prediction with bias-balanced experts (DeepSeek-V3, 2412.19437).
+"""Pretraining of a small base: next-token and multi-token prediction, experts balanced by bias (arXiv 2412.19437).
 
 This is how the base that is packaged with r1jax was made (configs/pretrain.py).
 """
@@ -117,6 +117,6 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     saved.close()
     log.close()
     progress.close()
-    files = [path for path in policy.folder.glob("tokenizer*")] if policy.folder else []
+    files = list(policy.folder.glob("tokenizer*"))
     convert.save(jax.device_get(state["policy"]), policy.config, run.workdir / "model", extra_files=files)
     return Policy(policy.config, state["policy"], policy.tokenizer, run.workdir / "model")

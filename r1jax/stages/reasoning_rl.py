@@ -1,6 +1,4 @@
-"""Reasoning RL: R1-Zero is this stage from the base (R1 report, section 2.2): GRPO with accuracy and format, nothing else."""
-
-import pathlib
+"""Reasoning RL (R1 report, section 2.2): from the base, with accuracy and format as the only rewards, it is R1-Zero."""
 
 import jax
 from ml_collections import ConfigDict
@@ -11,7 +9,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.table import check_examples
 from r1jax.rollout import collect
 from r1jax.run import Policy, Run, open_checkpoints
-from r1jax.sampler import Sampler, SamplerConfig
+from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Example, Params
 
 STAGE = "reasoning_rl"
@@ -29,12 +27,10 @@ def open_source(config: ConfigDict, spec: str, split: str) -> data.Source:
     return source
 
 
-def make_sampler(
-    config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: draw.DrawConfig
-) -> Sampler:
-    """The sampler of this policy for one way of drawing."""
+def make_verbs(config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: draw.DrawConfig) -> Verbs:
+    """The sampling functions of this policy for one way of drawing."""
     settings = SamplerConfig(**config.sampler)
-    return Sampler(policy.config, settings, drawing, layout, [policy.tokenizer.eos_id], config.model.cache_dtype)
+    return Verbs(policy.config, settings, drawing, layout, [policy.tokenizer.eos_id], config.model.cache_dtype)
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
@@ -70,16 +66,16 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     optimizer = optim.make_optimizer(optimizing, policy.params)
 
     drawing = draw.DrawConfig(temperature=settings.temperature)
-    sampler = make_sampler(config, policy, decode, drawing)
+    verbs = make_verbs(config, policy, decode, drawing)
     eval_drawing = draw.DrawConfig(config.eval.temperature, config.eval.top_k, config.eval.top_p)
-    eval_sampler = sampler if eval_drawing == drawing else make_sampler(config, policy, decode, eval_drawing)
+    eval_verbs = verbs if eval_drawing == drawing else make_verbs(config, policy, decode, eval_drawing)
 
     with RewardPool(dict(config.rewards), config.grading.workers, config.grading.timeout_s) as pool:
 
         def sample(weights: Params, examples: list[Example], rollout: int, cursor: int, limit: int) -> list:
             branch = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), rollout)
             return collect(
-                sampler, weights, policy.tokenizer, pool, examples, config.data.template, settings.group_size, branch,
+                verbs, weights, policy.tokenizer, pool, examples, config.data.template, settings.group_size, branch,
                 cursor, config.data.max_prompt_tokens, limit, settings.stop_texts, lambda: run.stop.requested,
             )  # fmt: skip
 
@@ -88,7 +84,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
                 return
             limit = config.eval.max_completion_tokens or settings.limit(step)
             groups = collect(
-                eval_sampler, weights, policy.tokenizer, pool, held_out, config.data.template, config.eval.samples,
+                eval_verbs, weights, policy.tokenizer, pool, held_out, config.data.template, config.eval.samples,
                 jax.random.fold_in(key, EVALUATION), 0, config.data.max_prompt_tokens, limit, settings.stop_texts,
                 lambda: run.stop.requested,
             )  # fmt: skip
@@ -115,10 +111,8 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         )  # fmt: skip
     out = run.workdir / "model"
     if not out.exists():
-        files = list(pathlib.Path(policy.folder).glob("tokenizer*"))
+        files = list(policy.folder.glob("tokenizer*"))
         convert.save(jax.device_get(params), policy.config, out, extra_files=files)
     run.summary.write()
     report.write_report(run.workdir)
     return Policy(policy.config, params, policy.tokenizer, out)
-
-

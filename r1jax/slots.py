@@ -1,0 +1,240 @@
+"""The sampler's device side, in JetStream's verbs: prefill a prompt once, insert it into slots, generate many tokens.
+
+A slot holds one completion. `generate` comes back early when enough slots are free to be filled again.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from r1jax import sharding
+from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
+from r1jax.model import transformer
+from r1jax.model.config import ModelConfig
+from r1jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Sizes of the sampler; none of them changes what is drawn."""
+
+    slots: int = 512
+    tokens_per_dispatch: int = 64
+    cache_bucket: int = 64  # the smallest cache length; the next ones are each half as long again
+    prefill_prompts: int = 32  # prompts computed at once
+    refill_share: float = 0.125  # share of free slots at which generate comes back to be refilled
+
+    def __post_init__(self) -> None:
+        for key in ("slots", "tokens_per_dispatch", "cache_bucket", "prefill_prompts"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"config.sampler.{key} is {getattr(self, key)}, wanted 1 or more")
+        if not 0 < self.refill_share <= 1:
+            raise ValueError(f"config.sampler.refill_share is {self.refill_share}, wanted above 0 and at most 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The state of all slots on device."""
+
+    cache: dict
+    token: Int[Array, "B"]  # the newest token, not yet in the cache
+    position: Int[Array, "B"]  # where it will stand: the number of cached tokens
+    drawn: Int[Array, "B"]  # completion tokens so far
+    limit: Int[Array, "B"]  # completion tokens allowed
+    is_free: Bool[Array, "B"]
+    keys: UInt32[Array, "B 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Prompts read once: their cache entries [L, P, ...], last logits [P, V], lengths [P], experts [L, P, T, K]."""
+
+    cache: dict
+    logits: Float[Array, "P V"]
+    lengths: Int[Array, "P"]
+    experts: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Tokens of one dispatch, [steps, B]; `is_new` where a live slot drew one; experts [steps, L, B, K] read for it."""
+
+    tokens: Int[Array, "steps B"]
+    logp: Float[Array, "steps B"]
+    is_new: Bool[Array, "steps B"]
+    experts: Array | None
+
+
+class Verbs:
+    """The jitted functions for one policy architecture and one way of drawing."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: SamplerConfig,
+        drawing: DrawConfig,
+        layout: sharding.Layout,
+        stop_ids: Sequence[int],
+        cache_dtype: jnp.dtype = jnp.float32,
+    ) -> None:
+        rows = layout.size("rows")
+        for key in ("slots", "prefill_prompts"):
+            if getattr(config, key) % rows:
+                raise ValueError(
+                    f"config.sampler.{key} ({getattr(config, key)}) must be a multiple of the {rows} devices of "
+                    "config.mesh.data x fsdp x expert"
+                )
+        self.model, self.config, self.drawing, self.layout = model, config, drawing, layout
+        self.cache_dtype = cache_dtype
+        self.stop_ids = frozenset(stop_ids)
+        self._stop_ids = jnp.asarray(sorted(stop_ids), jnp.int32)
+        self.length_axis = transformer.ATTENTION[model.attention].LENGTH_AXIS
+        self.prefill = jax.jit(self._prefill)
+        self.insert = jax.jit(self._insert, donate_argnums=0)
+        self.generate = jax.jit(self._generate, donate_argnums=1)
+        self.resize = jax.jit(self._resize, static_argnums=2)
+        self.empty = jax.jit(self._empty, static_argnums=(0, 1))
+
+    def _lay(self, slots: Slots) -> Slots:
+        """States how slots lie on the mesh."""
+        axes = transformer.ATTENTION[self.model.attention].CACHE_AXES
+        cache = {
+            stack: {name: sharding.constrain(a, *axes[name]) for name, a in entries.items()}
+            for stack, entries in slots.cache.items()
+        }
+        rest = {
+            f.name: sharding.constrain(v, "rows", *(None,) * (v.ndim - 1))
+            for f in dataclasses.fields(slots)
+            if f.name != "cache"
+            for v in [getattr(slots, f.name)]
+        }
+        return Slots(cache=cache, **rest)
+
+    def _empty(self, slots: int, length: int) -> Slots:
+        def zeros() -> Array:
+            return jnp.zeros(slots, jnp.int32)
+
+        with sharding.use(self.layout):
+            return self._lay(
+                Slots(
+                    cache=transformer.empty_cache(self.model, slots, length, self.cache_dtype),
+                    token=zeros(),
+                    position=zeros(),
+                    drawn=zeros(),
+                    limit=zeros(),
+                    is_free=jnp.ones(slots, bool),
+                    keys=jnp.zeros((slots, 2), jnp.uint32),
+                )
+            )
+
+    def _prefill(self, params: Params, tokens: Int[Array, "P T"], lengths: Int[Array, "P"]) -> Prefix:
+        """Reads prompts, padded on the right."""
+        with sharding.use(self.layout):
+            segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+            out = transformer.hidden(params, self.model, tokens, segments=segments, keep=("cache", "experts"))
+            last = jnp.take_along_axis(out.x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+            cache = jax.tree.map(lambda a: a.astype(self.cache_dtype), out.cache)
+            return Prefix(cache, transformer.logits(params, last), lengths, out.experts)
+
+    def _insert(
+        self,
+        slots: Slots,
+        prefix: Prefix,
+        place: Int[Array, "n"],
+        source: Int[Array, "n"],
+        prompts: Int[Array, "n"],
+        members: Int[Array, "n"],
+        limits: Int[Array, "n"],
+        rollout_key: Array,
+    ) -> tuple[Slots, Drawn]:
+        """Copies prefix `source[i]` into slot `place[i]` (past the last slot: nowhere) and draws its first token."""
+        with sharding.use(self.layout):
+            keys = sample_keys(rollout_key, prompts, members)
+            token, logp = draw(prefix.logits[source], uniforms(keys, jnp.zeros_like(source)), self.drawing)
+
+            def put(cache: Array, new: Array) -> Array:
+                index = (slice(None), place) + (slice(None),) * (self.length_axis - 2)
+                return cache.at[(*index, slice(0, new.shape[self.length_axis]))].set(new[:, source], mode="drop")
+
+            def put_row(old: Array, new: Array) -> Array:
+                return old.at[place].set(new, mode="drop")
+
+            slots = Slots(
+                cache=jax.tree.map(put, slots.cache, prefix.cache),
+                token=put_row(slots.token, token),
+                position=put_row(slots.position, prefix.lengths[source]),
+                drawn=put_row(slots.drawn, jnp.ones_like(source)),
+                limit=put_row(slots.limit, limits),
+                is_free=put_row(slots.is_free, jnp.isin(token, self._stop_ids) | (limits <= 1)),
+                keys=put_row(slots.keys, keys),
+            )
+            return self._lay(slots), Drawn(token[None], logp[None], jnp.ones((1, len(token)), bool), None)
+
+    def _generate(
+        self, params: Params, slots: Slots, cancel: Bool[Array, "B"], steps: Int[Array, ""], enough: Int[Array, ""]
+    ) -> tuple[Slots, Drawn]:
+        """Draws up to `steps` tokens per slot; ends early when `enough` slots or fewer are still live."""
+        with sharding.use(self.layout):
+            b, most = slots.token.shape[0], self.config.tokens_per_dispatch
+            routed = (most, self.model.n_moe, b, self.model.num_experts_per_tok) if self.model.n_moe else None
+            drawn = Drawn(
+                tokens=jnp.zeros((most, b), jnp.int32),
+                logp=jnp.zeros((most, b), jnp.float32),
+                is_new=jnp.zeros((most, b), bool),
+                experts=jnp.zeros(routed, jnp.int16) if routed else None,
+            )
+
+            def more(carry: tuple) -> Array:
+                step, slots, _ = carry
+                return (step < steps) & (jnp.sum(~slots.is_free) > enough)
+
+            def body(carry: tuple) -> tuple:
+                step, s, out = carry
+                x, cache, experts = transformer.decode_step(params, self.model, s.token, s.cache, s.position)
+                token, logp = draw(transformer.logits(params, x), uniforms(s.keys, s.drawn), self.drawing)
+                live = ~s.is_free
+                out = Drawn(
+                    tokens=out.tokens.at[step].set(token),
+                    logp=out.logp.at[step].set(logp),
+                    is_new=out.is_new.at[step].set(live),
+                    experts=None if experts is None else out.experts.at[step].set(experts.astype(jnp.int16)),
+                )
+                ended = jnp.isin(token, self._stop_ids) | (s.drawn + 1 >= s.limit)
+                s = Slots(
+                    cache=cache,
+                    token=jnp.where(live, token, s.token),
+                    position=s.position + live,
+                    drawn=s.drawn + live,
+                    limit=s.limit,
+                    is_free=s.is_free | ended,
+                    keys=s.keys,
+                )
+                return step + 1, self._lay(s), out
+
+            start = dataclasses.replace(slots, is_free=slots.is_free | cancel)
+            _, slots, drawn = jax.lax.while_loop(more, body, (jnp.int32(0), self._lay(start), drawn))
+            return slots, drawn
+
+    def _resize(self, slots: Slots, keep: Int[Array, "B"], length: int) -> Slots:
+        """The slots numbered in `keep` (-1: a free one), with another cache length."""
+        with sharding.use(self.layout):
+
+            def cut(a: Array) -> Array:
+                a = a[:, jnp.maximum(keep, 0)]
+                change = length - a.shape[self.length_axis]
+                pad = [(0, max(change, 0) if axis == self.length_axis else 0) for axis in range(a.ndim)]
+                return jax.lax.slice_in_dim(jnp.pad(a, pad), 0, length, axis=self.length_axis)
+
+            rest = {
+                f.name: getattr(slots, f.name)[jnp.maximum(keep, 0)]
+                for f in dataclasses.fields(slots)
+                if f.name != "cache"
+            }
+            rest["is_free"] = rest["is_free"] | (keep < 0)
+            return self._lay(Slots(cache=jax.tree.map(cut, slots.cache), **rest))
