@@ -29,7 +29,7 @@ bench: $(VENV)/core
 	$(BIN)/python -m tests.bench.step
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --maxprocesses=8 tests
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 -rs tests
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -37,8 +37,10 @@ def get_config() -> ConfigDict:
                 "max_prompt_tokens": 1024,  # a longer prompt is an error
                 "gym_size": 2000,  # problems that reasoning-gym generates
             },
-            # Weight of each reward: a name of r1jax.rewards, package.module:function or path/to/file.py:function.
-            "rewards": {"accuracy": 1.0, "format": 1.0},  # reported: equal weights
+            # Weight of each reward: a name of r1jax.rewards or one of reward_paths. Equal weights are reported.
+            "rewards": {"accuracy": 1.0, "format": 1.0},
+            # Where your own are: {"brief": "path/to/file.py:function"} or {"brief": "package.module:function"}.
+            "reward_paths": {},
             "grading": {
                 "workers": 1,  # processes; 0 grades in the trainer itself, unprotected
                 "timeout_s": 10.0,  # per completion

@@ -66,7 +66,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
-        return max(self.steps(), default=None)
+        return latest_step(self.folder)
 
     def save(self, step: int, tree: Any, host: dict[str, Any]) -> None:
         """Copies `tree` to the hosts, then returns; the writing goes on in the background.
@@ -197,6 +197,11 @@ class Checkpoints:
                 return f"The last good one is step {older}; to continue from it, delete {folders}"
             doomed.append(older)
         return f"No older one is good; to start this stage anew, delete {self.folder}"
+
+
+def latest_step(folder: str | os.PathLike[str]) -> int | None:
+    """The step of the newest whole checkpoint in a folder, or None."""
+    return hosts.agree(max(_steps(pathlib.Path(folder)), default=None))
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

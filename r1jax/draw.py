@@ -68,7 +68,9 @@ def draw(
         if config.top_k or config.top_p < 1:
             p = jnp.where(kept(z, config), p, 0.0)
         total = jnp.cumsum(p, axis=-1)
-        # At most u * total, so that rounding cannot choose a token of zero probability at the end.
-        token = jnp.sum(total <= (u * total[:, -1])[:, None], axis=-1)
-        token = jnp.minimum(token, z.shape[-1] - 1)
+        # A parallel sum rounds each entry in another order and may so step at tokens of zero probability: they are left
+        # out. u is below one, so the largest sum always exceeds u times itself.
+        total = jnp.where(p > 0, total, 0.0)
+        is_reached = total > (u * total.max(axis=-1))[:, None]
+        token = jnp.where(is_reached, jnp.arange(z.shape[-1]), z.shape[-1]).min(axis=-1)
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]

@@ -75,6 +75,12 @@ def is_writer() -> bool:
     return index() == 0
 
 
+def say(text: str) -> None:
+    """Prints a line, once for all hosts."""
+    if is_writer():
+        print(text, flush=True)
+
+
 def my_share(n: int, key: str) -> slice:
     """The slice of `n` whole things (prompts, never members of a group) that is this host's; the shares are equal.
 

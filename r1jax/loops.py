@@ -172,10 +172,18 @@ def rl_loop(
     def save() -> None:
         tree = {**state, **({} if reference is None else {"reference": reference})}
         saved.save(at.step, tree, dataclasses.asdict(at))
+        run.summary.write()
+
+    def is_evaluated(step: int) -> bool:
+        passed = eval_every and step // eval_every > (step - settings.minibatches) // eval_every
+        return step == 0 or step >= settings.updates or bool(passed)
 
     try:
-        moves.evaluate(moves.to_decode(state["policy"]), at.step)
-        while at.step < settings.updates:
+        while True:
+            if is_evaluated(at.step):
+                moves.evaluate(moves.to_decode(state["policy"]), at.step)
+            if at.step >= settings.updates:
+                break
             limit = settings.limit(at.step)
             with clock("layout"):
                 weights = moves.to_decode(state["policy"])
@@ -218,24 +226,20 @@ def rl_loop(
                     s = groups[at.step // shown["sample_every"] % len(groups)][0]
                     progress.sample(at.step, s.prompt, s.text, s.graded.reward)
             at.rollout += 1
-            due = eval_every and at.step // eval_every > (at.step - settings.minibatches) // eval_every
-            if due and at.step < settings.updates:
-                moves.evaluate(moves.to_decode(state["policy"]), at.step)
             stopping = hosts.any_across(run.stop.requested)
             if at.step // saved.save_every > saved_at // saved.save_every or at.step >= settings.updates or stopping:
                 save()
                 saved_at = at.step
             if stopping:
                 raise Interrupted
-        moves.evaluate(moves.to_decode(state["policy"]), at.step)
     except Interrupted as stopped:
         # While sampling, the state is still that of the rollout's beginning.
         save()
         raise Stopped from stopped
     finally:
-        saved.close()
-        log.close()
         progress.close()
+        log.close()
+        saved.close()
     return state["policy"]
 
 

@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import r1jax
-from r1jax import hosts, metrics, run, sharding, text
+from r1jax import checkpoint, hosts, metrics, run, sharding, text
 from r1jax.model import convert
 from r1jax.run import Policy, Run
 
@@ -59,7 +59,7 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes config.json, or says which keys differ from those that the run began with."""
     path = workdir / "config.json"
     now = json.loads(config.to_json_best_effort())
-    if path.exists():
+    if path.exists() and (workdir / "checkpoints").exists():  # without, it is of a run that could not begin
         try:
             before = json.loads(path.read_text("utf-8"))
         except ValueError as error:
@@ -74,6 +74,18 @@ def _flat(tree: object, path: str = "") -> dict[str, str]:
     if isinstance(tree, dict):
         return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}".lstrip(".")).items()}
     return {path: json.dumps(tree)}
+
+
+def plan(config: ConfigDict, policy: Policy, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> str:
+    """One line on what the run is about to do."""
+    n = sum(x.size for x in jax.tree.leaves(policy.params))
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    steps = {name: checkpoint.latest_step(workdir / "checkpoints" / name) for name in config.stages}
+    stages = [name if at is None else f"{name} (from step {at} on)" for name, at in steps.items()]
+    return (
+        f"{' then '.join(stages)} of a policy of {n / 1e6:.2f}M parameters on {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}{axes and f' ({axes})'}, in {workdir}"
+    )
 
 
 def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
@@ -92,9 +104,10 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     layouts = sharding.layouts(mesh)
     this = Run(folder, config.seed, layouts, hosts.on_sigterm(), metrics.Summary(folder, started_s))
     policy = load_policy(config, layouts)
-    n = sum(x.size for x in jax.tree.leaves(policy.params))
-    logging.info("policy of %.2fM parameters on %d device(s), mesh %s", n / 1e6, mesh.size, dict(mesh.shape))
+    hosts.say(plan(config, policy, mesh, folder))
     for name in config.stages:
         policy = importlib.import_module(STAGES[name]).stage(this, config, policy)
     this.summary.write()
+    left = [name for name in ("report.html", "model") if (folder / name).exists()]
+    hosts.say(f"done; it left {', '.join(str(folder / name) for name in left)}")
     return policy

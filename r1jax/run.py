@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import optax
 
 from r1jax import checkpoint, hosts, metrics, optim, sharding, updates
-from r1jax.model import transformer
+from r1jax.model import convert, transformer
 from r1jax.model.config import ModelConfig, Rope
 from r1jax.text import Tokenizer
 from r1jax.types import Params
@@ -80,6 +81,18 @@ def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
 def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoint.Checkpoints:
     """The checkpoints of a stage of this run; `settings` is config.checkpoint."""
     return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
+
+
+def export(run: Run, policy: Policy, params: Params) -> Policy:
+    """Leaves a released-model folder in WORKDIR/model, in place of what an earlier stage or the same run left there."""
+    out, new = run.workdir / "model", run.workdir / ".model.new"
+    weights = jax.tree.map(hosts.fetch, params)
+    if hosts.is_writer():
+        shutil.rmtree(new, ignore_errors=True)
+        convert.save(weights, policy.config, new, extra_files=policy.folder.glob("tokenizer*"))
+        shutil.rmtree(out, ignore_errors=True)
+        new.rename(out)
+    return dataclasses.replace(policy, params=params)
 
 
 def check_finite(opt: optim.OptimState, limit: int) -> None:

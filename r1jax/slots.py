@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from r1jax import sharding
@@ -81,7 +82,7 @@ class Verbs:
         drawing: DrawConfig,
         layout: sharding.Layout,
         stop_ids: Sequence[int],
-        cache_dtype: jnp.dtype = jnp.float32,
+        cache_dtype: DTypeLike = jnp.float32,
     ) -> None:
         rows = layout.size("rows")
         for key in ("slots", "prefill_prompts"):

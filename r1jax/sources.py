@@ -200,7 +200,7 @@ def generate_reasoning_gym(family: str, split: str, size: int, seed: int) -> lis
     examples = {}
     for i, problem in enumerate(problems):
         question, answer = problem["question"].strip(), str(problem["answer"])
-        if (_share(question) < HELD_OUT_SHARE) == (split == "test") and question not in examples:
+        if (_share(question) < HELD_OUT_SHARE) == (split == "test"):
             record = {"id": f"{family}-{seed}-{i}", "question": question, "answer": answer, "grader": "math"}
             examples[question] = record
     return list(examples.values())

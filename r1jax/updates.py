@@ -214,7 +214,7 @@ def make_sft_update(
             if config.num_nextn_predict_layers and program.mtp_weight:
                 ahead = _following(micro)
                 x, load = transformer.next_token_hidden(
-                    weights, config, out.residual, micro["targets"], micro["positions"], micro["segments"]
+                    weights, config, out.x, micro["targets"], micro["positions"], micro["segments"]
                 )
                 logp, _ = transformer.token_logps(weights, x, ahead["targets"])
                 mtp = -jnp.where(ahead["counted"], logp, 0.0).sum()

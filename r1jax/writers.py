@@ -40,7 +40,7 @@ RETREATS = {
     ". a mistake, retry. ": 1,
     ". however, ": 1,
 }
-OVERSHOOT = {", too large. ": 1, ", too small. ": 1}
+COMPARISONS = {", too large. ": 1, ", too small. ": 1}
 HITS = {", yes. ": 5, ", that is it. ": 2, ", found it. ": 2}
 CHECKS = {"check: ": 7, "let me verify: ": 2, "check again: ": 1}
 REMARKS = {" I hope so.": 3, " done.": 2, " or something else.": 1}
@@ -104,9 +104,16 @@ def try_once(problem: Problem, rng: random.Random) -> tuple[str, str]:
     return text + pick(rng, RESIGNATIONS), expression_of(attempt, bare=rng.random() < 0.15)
 
 
+def compared(reached: int, target: int) -> str:
+    """How a miss stands to the target. From these remarks a small model learns to compare at all."""
+    large, small = COMPARISONS
+    return large if reached > target else small
+
+
 def try_a_few(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """Two or three attempts in any order; then the closest or the last one is the answer."""
     separator, miss, limit = pick(rng, SEPARATORS), pick(rng, MISSES), rng.choice((2, 2, 3))
+    compares = rng.random() < 0.7
     thought, tried = "", []
     for _, attempt in zip(range(limit), search(problem, rng, insight=0.0), strict=False):
         text, reached = written_steps(attempt, separator, rng, SLIP_RATE)
@@ -114,7 +121,7 @@ def try_a_few(problem: Problem, rng: random.Random) -> tuple[str, str]:
         if reached == problem.target:
             thought += text + pick(rng, HITS)
             break
-        thought += text + miss
+        thought += text + (compared(reached, problem.target) if compares else miss)
     else:
         thought += pick(rng, SURRENDERS)
     closest = reached == problem.target or rng.random() < 0.6
@@ -137,8 +144,8 @@ def search_patiently(problem: Problem, rng: random.Random) -> tuple[str, str]:
             thought += pick(rng, HITS)
         elif draw < 0.35:
             thought += pick(rng, RETREATS)
-        elif draw < 0.5:
-            thought += ", too large. " if reached > problem.target else ", too small. "
+        elif draw < 0.85:
+            thought += compared(reached, problem.target)
         else:
             thought += miss
     answer = expression_of(tried[-1], bare=rng.random() < 0.15)

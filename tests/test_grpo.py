@@ -372,9 +372,6 @@ def test_nothing_but_logp_carries_a_gradient():
     assert not any(np.any(g) for g in jax.tree.leaves(jit(jax.grad(of_the_rest))(rest)))
 
 
-# --- configuration -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -132,7 +132,7 @@ def test_every_worked_solution_of_the_task_is_accepted(bare):
 
 
 def test_hostile_text_is_refused_at_once():
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     for text in [
         "(" * 100_000,
         "1+" * 100_000 + "1",
@@ -144,7 +144,7 @@ def test_hostile_text_is_refused_at_once():
         assert countdown.read(text) is None
         assert not grade(text)
     assert countdown.read("*".join(["9"] * 200)).value == 9**200
-    assert time.perf_counter() - start_s < 1.0
+    assert time.process_time() - start_s < 1.0
 
 
 @pytest.mark.parametrize(

@@ -147,13 +147,13 @@ def test_another_value_is_refused_both_ways(gold, answer):
 
 def test_hostile_text_neither_raises_nor_takes_long():
     for text in HOSTILE:
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         assert equivalent(text, text)
         assert not equivalent(f"{text}+1", text)
         assert not equivalent("5", text)
         assert not equivalent(text, "x+1")
         canonical(text)
-        assert time.perf_counter() - start_s < 2.0, text[:40]
+        assert time.process_time() - start_s < 2.0, text[:40]
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_the_last_box_or_answer_outside_the_thought_is_the_answer(completion, an
 
 @pytest.mark.parametrize("text", ["\\boxed{", "{", "<answer>", "</answer>", "<think>", "\\boxed{}", "\\"])
 def test_extraction_takes_linear_time(text):
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     extract_answer(text * (200_000 // len(text)))
-    assert time.perf_counter() - start_s < 2.0
+    assert time.process_time() - start_s < 2.0
 
 
 def test_a_vote_counts_equal_answers_together_and_others_apart():

@@ -1,6 +1,7 @@
 """The walls between files: what may import what, which words belong to one file, how long a file may be."""
 
 import ast
+import functools
 import importlib
 import pathlib
 import subprocess
@@ -25,6 +26,7 @@ ORDER = [
     "updates",
     "grpo",
     "sampler",
+    "slots",
     "draw",
     "optim",
     "corpus",
@@ -80,14 +82,17 @@ def modules() -> dict[str, ast.Module]:
 MODULES = modules()
 
 
-def imports(name: str) -> Iterator[str]:
+@functools.cache
+def imports(name: str) -> list[str]:
     """Every module that the file names in an import, at its top or inside a function, as absolute dotted names."""
+    found = []
     for node in ast.walk(MODULES[name]):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"r1jax.{name}: write imports in full, not relative"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def own(dotted: str) -> str | None:

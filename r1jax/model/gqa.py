@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig
@@ -14,7 +15,7 @@ Cache = dict[str, Array]  # k, v: [L, B, K, S, h]
 class Gqa(nnx.Module):
     """Weights of `layers` stacked attention layers."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: DTypeLike) -> None:
         c, s = config, config.initializer_range
         d, heads, kv, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.q = weight(rngs, (layers, d, heads, h), ("layers", "width", "heads", None), s, dtype)
@@ -73,7 +74,7 @@ def decode(
     return jnp.einsum("bhd,hdw->bw", out.astype(x.dtype), p["o"]), cache
 
 
-def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype: DTypeLike) -> Cache:
     """Zeros [L, B, K, S, h] for keys and values."""
     shape = (layers, slots, config.num_key_value_heads, length, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig, Rope
@@ -16,19 +17,19 @@ from r1jax.sharding import constrain
 
 
 def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: jnp.dtype
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: DTypeLike
 ) -> nnx.Param:
     """A weight drawn from a normal distribution with its logical axes beside its shape."""
     assert len(shape) == len(axes)
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
-def ones(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+def ones(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
     """A norm's gain."""
     return nnx.Param(jnp.ones(shape, dtype), axes=axes)
 
 
-def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
     """A bias."""
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
@@ -59,7 +60,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 class Mlp(nnx.Module):
     """SwiGLU weights of `layers` stacked layers."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, width: int, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, width: int, dtype: DTypeLike) -> None:
         d, s = config.hidden_size, config.initializer_range
         self.gate = weight(rngs, (layers, d, width), ("layers", "width", "mlp"), s, dtype)
         self.up = weight(rngs, (layers, d, width), ("layers", "width", "mlp"), s, dtype)
@@ -169,7 +170,7 @@ def attend(
 
 
 def attend_cache(
-    scores: Float[Array, "B heads S"], lengths: Int[Array, "B"], scale: float, dtype: jnp.dtype
+    scores: Float[Array, "B heads S"], lengths: Int[Array, "B"], scale: float, dtype: DTypeLike
 ) -> Float[Array, "B heads S"]:
     """Attention weights of one new token per slot over the first `lengths` cache positions."""
     live = jnp.arange(scores.shape[-1]) < lengths[:, None]

@@ -6,6 +6,7 @@ the cache holds one latent and one rotary key per token: 576 values for DeepSeek
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig
@@ -18,7 +19,7 @@ Cache = dict[str, Array]  # latent: [L, B, S, c + r], the normalised latent, the
 class Mla(nnx.Module):
     """Weights of `layers` stacked attention layers."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: DTypeLike) -> None:
         c, s = config, config.initializer_range
         d, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
         head = c.qk_nope_head_dim + c.qk_rope_head_dim
@@ -96,7 +97,7 @@ def decode(
     return jnp.einsum("bhv,hvd->bd", out, p["o"]), cache
 
 
-def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype: DTypeLike) -> Cache:
     """Zeros [L, B, S, c + r]."""
     return {"latent": jnp.zeros((layers, slots, length, config.cache_width), dtype)}
 

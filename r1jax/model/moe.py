@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax import sharding
@@ -22,7 +23,7 @@ from r1jax.model.layers import Mlp, mlp, weight, zeros
 class Moe(nnx.Module):
     """Weights of `layers` stacked mixture layers; the router is float32 whatever the rest is."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, dtype: DTypeLike) -> None:
         c, s = config, config.initializer_range
         e, d, f = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
         self.router = weight(rngs, (layers, d, e), ("layers", "width", None), s, jnp.float32)

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.model import gqa, mla
@@ -35,7 +36,7 @@ LOGITS_AT_ONCE = 2**26
 class Layers(nnx.Module):
     """Weights of `layers` stacked layers of one kind."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, routed: bool, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, routed: bool, dtype: DTypeLike) -> None:
         d = config.hidden_size
         self.attn_norm = ones((layers, d), ("layers", None), dtype)
         self.attn = DECLARE_ATTENTION[config.attention](rngs, config, layers, dtype)
@@ -49,7 +50,7 @@ class Layers(nnx.Module):
 class NextToken(nnx.Module):
     """One multi-token-prediction module (DeepSeek-V3, section 2.2); embedding and head are the main model's."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dtype: DTypeLike) -> None:
         d = config.hidden_size
         self.hidden_norm = ones((d,), (None,), dtype)
         self.embed_norm = ones((d,), (None,), dtype)
@@ -61,7 +62,7 @@ class NextToken(nnx.Module):
 class Transformer(nnx.Module):
     """All weights of a decoder."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dtype: DTypeLike) -> None:
         v, d = config.vocab_size, config.hidden_size
         self.embed = weight(rngs, (v, d), ("vocab", "width"), config.initializer_range, dtype)
         if config.n_dense:
@@ -75,12 +76,12 @@ class Transformer(nnx.Module):
             self.mtp = NextToken(rngs, config, dtype)
 
 
-def init(config: ModelConfig, key: Array, dtype: jnp.dtype = jnp.float32) -> Params:
+def init(config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Random weights as nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.state(Transformer(nnx.Rngs(key), config, dtype), nnx.Param))
 
 
-def shapes(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+def shapes(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Shape and dtype of every weight, without computing any."""
     return jax.eval_shape(partial(init, config, dtype=dtype), jax.random.key(0))
 
@@ -107,7 +108,6 @@ class Hidden:
     load: Array | None
     experts: Array | None
     cache: dict | None
-    residual: Array
 
 
 def _layer(
@@ -183,7 +183,6 @@ def hidden(
         load=routed.get("load"),
         experts=routed.get("experts"),
         cache={name: out["cache"] for name, out in outs.items()} if "cache" in keep else None,
-        residual=x,
     )
 
 
@@ -235,14 +234,14 @@ def token_logps(
 def next_token_hidden(
     params: Params,
     config: ModelConfig,
-    residual: Float[Array, "B T D"],
+    x: Float[Array, "B T D"],
     following: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
     """Hidden states that predict the token after `following` (DeepSeek-V3, equations 21 to 23), and expert loads."""
     p, eps = params["mtp"], config.rms_norm_eps
-    both = [rms_norm(params["embed"][following], p["embed_norm"], eps), rms_norm(residual, p["hidden_norm"], eps)]
+    both = [rms_norm(params["embed"][following], p["embed_norm"], eps), rms_norm(x, p["hidden_norm"], eps)]
     x = jnp.concatenate(both, -1) @ p["proj"]
     mask = attention_mask(segments, segments)
     x, out = _stack(p["layer"], config, x, positions, mask, segments > 0, None, ("load",), "none", 1)
@@ -275,7 +274,7 @@ def decode_step(
     return rms_norm(x, params["norm"], config.rms_norm_eps), cache, jnp.stack(chosen) if chosen else None
 
 
-def empty_cache(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype = jnp.float32) -> dict:
+def empty_cache(config: ModelConfig, slots: int, length: int, dtype: DTypeLike = jnp.float32) -> dict:
     """A cache of zeros per stack."""
     make = ATTENTION[config.attention].empty_cache
     layers = {"dense": config.n_dense, "moe": config.n_moe}

@@ -38,6 +38,8 @@ def _answer_items(function: Callable[[Any], Any], timeout_s: float, messages: An
             # The kernel ends this process when the time is over: also inside C code, also when the parent is gone.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, timeout_s)
+            # A reward may use that alarm for itself; this one, of processor time, ends what loops without a parent.
+            signal.setitimer(signal.ITIMER_PROF, 1.0 + timeout_s * (os.cpu_count() or 1))
             start_s = time.perf_counter()
             value = function(pickle.loads(payload))
             seconds = time.perf_counter() - start_s

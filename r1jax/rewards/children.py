@@ -211,7 +211,7 @@ class KillablePool:
                 )
         elif child.batch:
             suspect = child.batch[0]
-            fate = "timeout" if hung or code == -signal.SIGALRM else "died"
+            fate = "timeout" if hung or code in (-signal.SIGALRM, -signal.SIGPROF) else "died"
             if fate == "died" and suspect not in self._suspects:
                 self._suspects.add(suspect)
             else:

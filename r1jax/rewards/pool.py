@@ -105,6 +105,8 @@ class RewardPool:
         for name, weight in rewards.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"the weight of {name!r} in config.rewards is {weight!r}, wanted a finite number")
+        if unused := sorted((paths or {}).keys() - rewards.keys()):
+            raise ValueError(f"config.reward_paths has {unused[0]!r}, which config.rewards gives no weight")
         if workers < 0 or not 0 < timeout_s < math.inf:
             raise ValueError(
                 f"grading needs workers >= 0 and a finite timeout_s > 0, but workers={workers}, timeout_s={timeout_s}"

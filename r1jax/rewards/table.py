@@ -110,7 +110,7 @@ def resolve(name: str) -> Reward:
     if not colon:
         raise ValueError(
             f"unknown reward {name!r} in config.rewards{_suggestion(name, REWARDS)} (wanted one of "
-            f"{', '.join(REWARDS)}, or package.module:function, or path/to/file.py:function)"
+            f"{', '.join(REWARDS)}, or a name that config.reward_paths maps to path/to/file.py:function)"
         )
     try:
         module = _module_of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)

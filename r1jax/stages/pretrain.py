@@ -14,9 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from r1jax import data, metrics, optim, updates
-from r1jax.model import convert
 from r1jax.packing import Rows, pack_documents
-from r1jax.run import Policy, Run, Stopped, check_finite, open_checkpoints, put_rows, training_state
+from r1jax.run import Policy, Run, Stopped, check_finite, export, open_checkpoints, put_rows, training_state
 
 STAGE = "pretrain"
 
@@ -117,6 +116,4 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     saved.close()
     log.close()
     progress.close()
-    files = list(policy.folder.glob("tokenizer*"))
-    convert.save(jax.device_get(state["policy"]), policy.config, run.workdir / "model", extra_files=files)
-    return Policy(policy.config, state["policy"], policy.tokenizer, run.workdir / "model")
+    return export(run, policy, state["policy"])

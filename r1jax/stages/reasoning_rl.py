@@ -3,12 +3,11 @@
 import jax
 from ml_collections import ConfigDict
 
-from r1jax import data, draw, evaluate, grpo, loops, minibatches, optim, report, sharding, sources, updates
-from r1jax.model import convert
+from r1jax import data, draw, evaluate, grpo, hosts, loops, minibatches, optim, report, sharding, sources, updates
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.table import check_examples
-from r1jax.rollout import collect
-from r1jax.run import Policy, Run, open_checkpoints
+from r1jax.rollout import collect, encode_prompts
+from r1jax.run import Policy, Run, export, open_checkpoints
 from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Example, Params
 
@@ -27,6 +26,15 @@ def open_source(config: ConfigDict, spec: str, split: str) -> data.Source:
     return source
 
 
+def check_lengths(config: ConfigDict, policy: Policy, longest: int) -> None:
+    """Raises ValueError where prompt and completion of `longest` tokens together do not fit into context or row."""
+    asked = f"config.data.max_prompt_tokens and config.rl.max_completion_tokens (or length_schedule) allow {longest}"
+    if longest > policy.config.max_position_embeddings:
+        raise ValueError(f"{asked} tokens, but the policy reads {policy.config.max_position_embeddings} at most")
+    if 0 < config.rl.row_tokens < longest:
+        raise ValueError(f"{asked} tokens, but config.rl.row_tokens is {config.rl.row_tokens}")
+
+
 def make_verbs(config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: draw.DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
     settings = SamplerConfig(**config.sampler)
@@ -39,13 +47,18 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     objective = grpo.GrpoConfig(**config.grpo)
     optimizing = optim.OptimConfig(**{k: v for k, v in config.optim.items() if k != "router_bias_rate"})
     train, decode = run.layouts["train"], run.layouts["decode"]
-    key = jax.random.key(run.seed)
+    key, max_prompt_tokens = jax.random.key(run.seed), config.data.max_prompt_tokens
 
+    longest = settings.longest + max_prompt_tokens
+    check_lengths(config, policy, longest)
     stream = data.PromptStream(open_source(config, config.data.source, config.data.split), run.seed)
     held_out: list[Example] = []
     if config.eval.problems:
         tests = open_source(config, config.data.eval_source or config.data.source, config.data.eval_split)
         held_out = data.PromptStream(tests, 0).take(0, min(config.eval.problems, len(tests.examples)))
+
+    # Now rather than when its turn comes: a prompt that is too long.
+    encode_prompts([*stream.source.examples, *held_out], config.data.template, policy.tokenizer, max_prompt_tokens)
 
     program = updates.Program(
         config=policy.config,
@@ -56,7 +69,6 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         temperature=settings.temperature,
         router_bias_rate=config.optim.router_bias_rate,
     )
-    longest = settings.longest + config.data.max_prompt_tokens
     row_tokens = settings.row_tokens or -(-longest // 128) * 128
     replay = settings.router_replay and policy.config.n_moe > 0
     n_rows = settings.microbatch_rows or -(-settings.prompts_per_update * settings.group_size * longest // row_tokens)
@@ -70,13 +82,18 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     eval_drawing = draw.DrawConfig(config.eval.temperature, config.eval.top_k, config.eval.top_p)
     eval_verbs = verbs if eval_drawing == drawing else make_verbs(config, policy, decode, eval_drawing)
 
-    with RewardPool(dict(config.rewards), config.grading.workers, config.grading.timeout_s) as pool:
+    def is_interrupted() -> bool:
+        # Several hosts stop together, at the end of the rollout.
+        return run.stop.requested and hosts.count() == 1
+
+    grading, paths = config.grading, dict(config.reward_paths)
+    with RewardPool(dict(config.rewards), grading.workers, grading.timeout_s, paths) as pool:
 
         def sample(weights: Params, examples: list[Example], rollout: int, cursor: int, limit: int) -> list:
             branch = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), rollout)
             return collect(
                 verbs, weights, policy.tokenizer, pool, examples, config.data.template, settings.group_size, branch,
-                cursor, config.data.max_prompt_tokens, limit, settings.stop_texts, lambda: run.stop.requested,
+                cursor, max_prompt_tokens, limit, settings.stop_texts, is_interrupted,
             )  # fmt: skip
 
         def evaluation(weights: Params, step: int) -> None:
@@ -85,17 +102,16 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
             limit = config.eval.max_completion_tokens or settings.limit(step)
             groups = collect(
                 eval_verbs, weights, policy.tokenizer, pool, held_out, config.data.template, config.eval.samples,
-                jax.random.fold_in(key, EVALUATION), 0, config.data.max_prompt_tokens, limit, settings.stop_texts,
-                lambda: run.stop.requested,
+                jax.random.fold_in(key, EVALUATION), 0, max_prompt_tokens, limit, settings.stop_texts,
+                is_interrupted,
             )  # fmt: skip
             record = evaluate.measure(groups, STAGE, step)
             run.summary.add(record)
             low, high = record["pass_at_1_ci"]
-            print(
+            hosts.say(
                 f"evaluation at step {step}: pass@1 {record['pass_at_1']:.1%} [{low:.1%}, {high:.1%}], "
                 f"cons@{record['k']} {record['cons_at_k']:.1%}, {record['mean_completion_tokens']:.1f} tokens, "
-                f"{record['reflective_per_completion']:.2f} reflective words ({record['n_problems']} problems)",
-                flush=True,
+                f"{record['reflective_per_completion']:.2f} reflective words ({record['n_problems']} problems)"
             )
 
         moves = loops.Moves(
@@ -109,10 +125,8 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
             run, STAGE, policy, stream, moves, settings, objective, optimizing, optimizer, shape,
             open_checkpoints(run, STAGE, config.checkpoint), dict(config.log), config.eval.every,
         )  # fmt: skip
-    out = run.workdir / "model"
-    if not out.exists():
-        files = list(policy.folder.glob("tokenizer*"))
-        convert.save(jax.device_get(params), policy.config, out, extra_files=files)
+    policy = export(run, policy, params)
     run.summary.write()
-    report.write_report(run.workdir)
-    return Policy(policy.config, params, policy.tokenizer, out)
+    if hosts.is_writer():
+        report.write_report(run.workdir)
+    return policy

@@ -1,0 +1,77 @@
+"""Laws of evaluation: pass@k against enumeration, the vote against a count, the interval against simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tiny import made_sample
+
+from r1jax import evaluate, rollout
+from r1jax.types import Completion
+
+
+def group(answers: str, right: str, n: int = 4, **example) -> rollout.Group:
+    """One sample per letter, "-" for no answer; right are the letters that earn the reward."""
+    return [
+        made_sample(
+            (1, 2),
+            Completion(0, member, np.ones(n + member, np.int32), np.zeros(n, np.float32), "stop"),
+            reward=float(letter in right),
+            answer=None if letter == "-" else letter,
+            text="wait, but 1",
+            **example,
+        )
+        for member, letter in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize("samples", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples: int) -> None:
+    for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+        subsets = list(itertools.combinations(range(samples), k))
+        want = np.mean([any(i < correct for i in subset) for subset in subsets])
+        assert evaluate.pass_at_k(samples, correct, k) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"), [("abb", "b"), ("abba", "a"), ("-b-", "b"), ("--", None), ("cab", "c"), ("a-bb-", "b")]
+)
+def test_majority_is_the_commonest_answer_and_the_first_among_equals(answers: str, winner: str | None) -> None:
+    voters = group(answers, right="b")
+    assert rollout.majority(voters) == winner
+    assert rollout.majority_is_right(voters, "accuracy") == (winner == "b")
+
+
+def test_interval_holds_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    found = [evaluate.interval(rng.binomial(8, 0.3, 100) / 8) for _ in range(2000)]
+    assert 0.93 < np.mean([low <= 0.3 <= high for low, high in found]) < 0.97
+    for values in ([0.0, 0.0], [1.0, 1.0, 0.9], [1.0]):
+        low, high = evaluate.interval(np.array(values))
+        assert 0 <= low <= np.mean(values) <= high <= 1
+
+
+def test_measure_counts_by_hand() -> None:
+    groups = [group("aab", right="b", level=1), group("bbb", right="b", level=2), group("---", right="", level=2)]
+    got = evaluate.measure(groups, "zero", 7)
+    want = {
+        "stage": "zero",
+        "step": 7,
+        "n_problems": 3,
+        "k": 3,
+        "pass_at_1": 4 / 9,
+        "cons_at_k": 1 / 3,
+        "pass_at_k": 2 / 3,
+        "mean_completion_tokens": 5,
+        "mean_tokens_right": (6 + 4 + 5 + 6) / 4,
+        "mean_tokens_wrong": (4 + 5 + 4 + 5 + 6) / 5,
+        "truncated_share": 0,
+        "reflective_per_completion": 2,
+        "accuracy_mean": 4 / 9,
+    }
+    assert {key: got[key] for key in want} == {k: pytest.approx(v) if k != "stage" else v for k, v in want.items()}
+    assert got["pass_at_1_ci"][0] < 4 / 9 < got["pass_at_1_ci"][1]
+    assert got["by_level"] == {
+        "1": {"n_problems": 1, "pass_at_1": pytest.approx(1 / 3), "mean_completion_tokens": 5},
+        "2": {"n_problems": 2, "pass_at_1": pytest.approx(1 / 2), "mean_completion_tokens": 5},
+    }

@@ -1,0 +1,154 @@
+"""Laws of the mesh: every layout computes what one device computes, and an impossible one names the key to change."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny import DEEPSEEK, QWEN, QWEN_MOE, jit, made_sample, random_completion, random_params
+
+from r1jax import grpo, hosts, minibatches, run, sharding, updates
+from r1jax.draw import DrawConfig
+from r1jax.model.config import ModelConfig
+from r1jax.sampler import sample
+from r1jax.slots import SamplerConfig, Verbs
+from r1jax.types import Params, Request
+
+COMPOSED = {"rtol": 1e-4, "atol": 1e-4}
+PROMPTS = ((5, 6, 7, 8, 9), (3, 4))
+LIMIT = 10
+DESCENT = optax.sgd(1.0)  # the parameters move by the gradient itself
+
+ONE_AXIS = [{axis: 2} for axis in sharding.AXES]
+CASES = [(DEEPSEEK, sizes) for sizes in [*ONE_AXIS, {"expert": 2, "context": 2, "tensor": 2}]] + [
+    (QWEN, sizes) for sizes in [{"context": 2}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": -1}]
+]
+
+
+def name(value: ModelConfig | dict) -> str:
+    return value.attention if isinstance(value, ModelConfig) else " ".join(f"{a}={n}" for a, n in value.items())
+
+
+def mesh_of(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    """Two devices for one axis, all eight for more."""
+    return sharding.make_mesh(sizes, jax.devices()[: 8 if len(sizes) > 1 else 2])
+
+
+def minibatch(config: ModelConfig) -> tuple[dict[str, np.ndarray], int]:
+    rng = np.random.default_rng(0)
+    completions = [
+        random_completion(config, rng, i, member, len(ids), int(rng.integers(1, LIMIT + 1)))
+        for i, ids in enumerate(PROMPTS)
+        for member in range(8)
+    ]
+    items = [minibatches.Trained(made_sample(PROMPTS[c.prompt], c), float(rng.normal()), True) for c in completions]
+    shape = minibatches.Shape(row_tokens=24, rows=4, share_prompt=True, replay=config.n_moe > 0)
+    return minibatches.pack(items, shape, grpo.GrpoConfig(), LIMIT)
+
+
+def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[str, Any]:
+    """Record and gradient of one RL update."""
+    program = updates.Program(config, layout, router_bias_rate=0.01)
+    update = jit(updates.make_rl_update(program, grpo.GrpoConfig(kl_coef=0), DESCENT, 25))
+    policy = run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, pathlib.Path())
+    state, _ = run.training_state(policy, layout, DESCENT)
+    arrays, n = minibatch(config)
+    assert n == 2
+    state, record = update(state, run.put_rows(arrays, layout), n)
+    for new, old in zip(jax.tree.leaves(state["policy"]), jax.tree.leaves(policy.params), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+    moved = jax.tree.map(lambda old, new: old - hosts.fetch(new), params, state["policy"])
+    return {"record": jax.tree.map(hosts.fetch, record), "gradient": moved}
+
+
+def sampled(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[tuple[int, int], Any]:
+    """Tokens and log-probabilities of eight completions."""
+    sizes = SamplerConfig(slots=8, tokens_per_dispatch=LIMIT, cache_bucket=32, prefill_prompts=4)
+    verbs = Verbs(config, sizes, DrawConfig(), layout, [7])
+    verbs.prefill, verbs.insert, verbs.generate = jit(verbs.prefill), jit(verbs.insert), jit(verbs.generate)
+    weights = sharding.reshard(params, run.param_shardings(config, layout))
+    requests = [Request(i, member, ids) for i, ids in enumerate(PROMPTS) for member in range(4)]
+    return {(c.prompt, c.member): c for c in sample(verbs, weights, requests, jax.random.key(3), LIMIT)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[Params, dict, dict]]:
+    """Weights and what one device makes of them, per attention."""
+    layouts = sharding.layouts(sharding.make_mesh({}, jax.devices()[:1]))
+    out = {}
+    for config in (DEEPSEEK, QWEN):
+        params = random_params(config)
+        out[config.attention] = (
+            params,
+            learned(config, params, layouts["train"]),
+            sampled(config, params, layouts["decode"]),
+        )
+    return out
+
+
+@pytest.mark.parametrize(("config", "sizes"), CASES, ids=name)
+def test_an_update_is_one_devices(config: ModelConfig, sizes: dict, alone: dict) -> None:
+    params, want, _ = alone[config.attention]
+    got = learned(config, params, sharding.layouts(mesh_of(sizes))["train"])
+    assert max(np.abs(g).max() for g in jax.tree.leaves(want["gradient"])) > 1e-2
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), got, want)
+
+
+@pytest.mark.parametrize(("config", "sizes"), CASES, ids=name)
+def test_sampled_tokens_are_one_devices(config: ModelConfig, sizes: dict, alone: dict) -> None:
+    params, _, want = alone[config.attention]
+    got = sampled(config, params, sharding.layouts(mesh_of(sizes))["decode"])
+    assert got.keys() == want.keys() and len({c.tokens.tobytes() for c in want.values()}) > 4
+    for key, completion in got.items():
+        np.testing.assert_array_equal(completion.tokens, want[key].tokens)
+        np.testing.assert_allclose(completion.logp, want[key].logp, **COMPOSED)
+        np.testing.assert_array_equal(completion.experts, want[key].experts)
+
+
+def test_resharding_keeps_every_bit_and_gathers_what_decoding_reads() -> None:
+    params = random_params(DEEPSEEK)
+    layouts = sharding.layouts(sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": -1}))
+    train, decode = (run.param_shardings(DEEPSEEK, layouts[phase]) for phase in ("train", "decode"))
+    there = sharding.reshard(params, train)
+    here = sharding.reshard(there, decode)
+    jax.tree.map(np.testing.assert_array_equal, sharding.reshard(here, train), params)
+    # [L, E, D, F]: decoding reads every width of the experts that a device holds.
+    assert there["moe"]["mlp"]["gate"].addressable_shards[0].data.shape == (2, 4, 8, 2)
+    assert here["moe"]["mlp"]["gate"].addressable_shards[0].data.shape == (2, 4, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"data": 3}, r"config.mesh .*'data': 3.* does not multiply to the 8 devices"),
+        ({"data": 3, "tensor": -1}, r"does not multiply to the 8 devices .* change config.mesh"),
+        ({"data": -1, "tensor": -1}, "config.mesh sizes must be positive with at most one -1"),
+        ({"data": 0}, "config.mesh sizes must be positive"),
+        ({"model": 8}, r"config.mesh has unknown axes \['model'\]; the axes are data, fsdp, expert, context, tensor"),
+    ],
+)
+def test_an_impossible_mesh_names_the_key(sizes: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sharding.make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "said"),
+    [
+        (DEEPSEEK, {"tensor": 8}, r"dense\.attn\.\w+: heads of 2 does not divide over 8 .* change config.mesh.tensor"),
+        (QWEN_MOE, {"expert": 8}, r"moe\.mlp\.\w+: experts of 4 does not divide over 8 .* change config.mesh.expert"),
+        (
+            dataclasses.replace(QWEN, hidden_size=20),
+            {"fsdp": -1},
+            r"\w+: width of 20 does not divide over 8 devices; change config.mesh.fsdp",
+        ),
+    ],
+    ids=["heads", "experts", "width"],
+)
+def test_a_weight_that_does_not_divide_is_named_with_the_key(config: ModelConfig, sizes: dict, said: str) -> None:
+    layout = sharding.layouts(sharding.make_mesh(sizes))["train"]
+    with pytest.raises(ValueError, match=said):
+        run.param_shardings(config, layout)
