@@ -13,7 +13,7 @@ def get_config(ablation: str = "") -> ConfigDict:
     config = base.get_config()
     config.rl.update(
         {
-            "updates": 60,
+            "updates": 40,
             "minibatches": 2,
             "max_completion_tokens": 192,
             "length_schedule": (),
@@ -22,6 +22,6 @@ def get_config(ablation: str = "") -> ConfigDict:
         }
     )
     config.data.max_prompt_tokens = 32
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 5e-4
     config.log.rollout_groups = 8
     return ablations.apply(config, ablation)

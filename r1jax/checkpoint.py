@@ -27,9 +27,10 @@ from r1jax import hosts
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one folder, at most one being written at a time; end with `close`.
+    """The checkpoints of one stage in one folder, at most one being written at a time.
 
-    All hosts call every method, at the same points of the program.
+    All hosts call every method, at the same points of the program. Use it in a `with` statement (or call `close` in a
+    `finally`): a process that ends without it loses the save under way.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, save_every: int, keep: int, keep_every: int = 0) -> None:
@@ -120,6 +121,12 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The tree and the host state saved at `step`, bit for bit.

@@ -356,7 +356,7 @@ def accumulate(left: Mapping[str, Array], right: Mapping[str, Array]) -> dict[st
     return {name: (jnp.maximum if name.endswith("_max") else jnp.add)(left[name], right[name]) for name in left}
 
 
-def finish_metrics(sums: Mapping[str, Array]) -> dict[str, Array]:
+def finish_metrics(sums: Mapping[str, ArrayLike]) -> dict[str, Array]:
     """Standard names from accumulated sums: means over completion tokens, and maxima.
 
     kl/mean is there when a reference was given, importance/truncated_share when importance_cap is set.

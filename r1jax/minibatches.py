@@ -41,7 +41,7 @@ def with_advantages(
     rewards, is_trained = grpo.handle_overlong(
         settings.overlong,
         as_array(groups, lambda s: s.graded.reward),
-        as_array(groups, lambda s: len(s.completion.tokens)),
+        as_array(groups, lambda s: len(s.completion.tokens)).astype(np.int32),
         as_array(groups, lambda s: s.completion.stop == "length") > 0,
         max_completion_tokens,
         settings.overlong_soft_tokens,
@@ -81,7 +81,7 @@ def pack(
 
     trained = [i for i in items if i.is_trained]
     tokens = sum(len(i.sample.completion.tokens) for i in trained)
-    lengths = spread(lambda i: len(i.sample.completion.tokens) if i.is_trained else 0)
+    lengths = spread(lambda i: len(i.sample.completion.tokens) if i.is_trained else 0).astype(np.int32)
     out = {
         "tokens": rows.tokens,
         "targets": rows.targets,

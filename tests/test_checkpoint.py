@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax import hosts
-from r1jax.checkpoint import Checkpoints
+from r1jax.checkpoint import Checkpoints, latest_step
 
 # Children of a fork server start in a tenth of a second, with orbax imported and no jax backend yet.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -122,6 +122,13 @@ def test_save_returns_before_the_checkpoint_exists(opened, tmp_path, monkeypatch
     may_go_on.set()
     c.wait()
     assert c.latest() == 1
+
+
+def test_a_run_that_fails_keeps_the_save_under_way(tmp_path):
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, save_every=1, keep=1) as c:
+        c.save(1, tree(scale=1000), {})
+        1 / 0  # noqa: B018
+    assert latest_step(tmp_path) == 1
 
 
 def test_a_step_is_saved_once(opened, copy):

@@ -31,7 +31,7 @@ def test_a_run_leaves_a_folder_that_tells_all_and_the_same_command_again_changes
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         trained = execute(config, tmp_path)
     lines = printed.getvalue().splitlines()
-    assert lines[0].startswith(f"{STAGE} of a policy of 0.04M parameters on 1 cpu device, in {tmp_path}")
+    assert lines[0].startswith(f"{STAGE} of a policy of 0.05M parameters on 1 cpu device, in {tmp_path}")
     assert [line.split(":")[0] for line in lines if line.startswith("evaluation")] == [
         f"evaluation at step {step}" for step in (0, 2, 4)
     ]

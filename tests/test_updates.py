@@ -244,7 +244,7 @@ def test_documents_in_one_row_are_documents_in_rows_of_their_own(taught) -> None
     assert got[1]["tokens"] == sum(d[1:].sum() for d in learned)
     assert got[1]["mtp_tokens"] == sum(d[2:].sum() for d in learned)
     loss = got[1]["nll"] / got[1]["tokens"] + 0.3 * got[1]["mtp_nll"] / got[1]["tokens"]
-    assert got[1]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert got[1]["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_cast_leaves_the_router_alone() -> None:
