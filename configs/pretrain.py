@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Pretraining of the tiny policy; every value is our choice."""
+    """Pretraining of the tiny policy; every value is *our choice*."""
     config = base.get_config()
     config.stages = ("pretrain",)
     config.pretrain.update({"corpus": "runs/corpus", "valid_corpus": "runs/corpus_valid", "steps": 1600})

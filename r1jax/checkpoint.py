@@ -13,6 +13,7 @@ manifest also carries name, shape and dtype of every array and the state of the 
 
 import concurrent.futures
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -24,6 +25,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from r1jax import hosts
+
+# orbax logs a failed save as 300 lines of tracebacks before it raises it; `wait` says it in three.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 class Checkpoints:

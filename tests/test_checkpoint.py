@@ -265,7 +265,7 @@ def test_no_room_is_said_before_anything_is_written(opened, copy, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, of the write it gave up
-def test_a_write_that_fails_is_raised_and_harms_nothing(opened, copy):
+def test_a_write_that_fails_is_raised_and_harms_nothing(opened, copy, caplog):
     c = opened(copy)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a quota would
@@ -275,6 +275,7 @@ def test_a_write_that_fails_is_raised_and_harms_nothing(opened, copy):
             c.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not caplog.records
     c.wait()  # told once
     assert c.steps() == [1, 2, 3]
     c.save(5, tree(5), {})

@@ -22,10 +22,22 @@ PROMPTS = ((5, 6, 7, 8, 9), (3, 4))
 LIMIT = 10
 DESCENT = optax.sgd(1.0)  # the parameters move by the gradient itself
 
-ONE_AXIS = [{axis: 2} for axis in sharding.AXES]
-CASES = [(DEEPSEEK, sizes) for sizes in [*ONE_AXIS, {"expert": 2, "context": 2, "tensor": 2}]] + [
-    (QWEN, sizes) for sizes in [{"context": 2}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": -1}]
+# Partitioned programs take seconds to compile: one dense layer and one mixture are enough of each.
+MLA = dataclasses.replace(DEEPSEEK, num_hidden_layers=2)
+EACH_AXIS = [{axis: 2} for axis in sharding.AXES]
+UPDATES = [(MLA, sizes) for sizes in [*EACH_AXIS, {"expert": 2, "context": 2, "tensor": 2}]] + [
+    (QWEN, sizes) for sizes in [{"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": -1}]
 ]
+# Decoding knows neither context nor fsdp as axes of its own: rows lie over fsdp as over data.
+SAMPLINGS = [(MLA, sizes) for sizes in [{"expert": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]] + [
+    (QWEN, sizes) for sizes in [{"data": 2, "fsdp": 2, "tensor": -1}]
+]
+
+
+def and_slowly_the_rest(quick: list[tuple]) -> list:
+    """All single axes for both policies, those that are not among the quick cases marked slow."""
+    every = [(config, sizes) for config in (MLA, QWEN) for sizes in EACH_AXIS]
+    return quick + [pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in quick]
 
 
 def name(value: ModelConfig | dict) -> str:
@@ -39,10 +51,9 @@ def mesh_of(sizes: dict[str, int]) -> jax.sharding.Mesh:
 
 def minibatch(config: ModelConfig) -> tuple[dict[str, np.ndarray], int]:
     rng = np.random.default_rng(0)
+    lengths = np.random.default_rng(1).integers(1, LIMIT + 1, (len(PROMPTS), 8))
     completions = [
-        random_completion(config, rng, i, member, len(ids), int(rng.integers(1, LIMIT + 1)))
-        for i, ids in enumerate(PROMPTS)
-        for member in range(8)
+        random_completion(config, rng, i, member, len(PROMPTS[i]), int(n)) for (i, member), n in np.ndenumerate(lengths)
     ]
     items = [minibatches.Trained(made_sample(PROMPTS[c.prompt], c), float(rng.normal()), True) for c in completions]
     shape = minibatches.Shape(row_tokens=24, rows=4, share_prompt=True, replay=config.n_moe > 0)
@@ -79,7 +90,7 @@ def alone() -> dict[str, tuple[Params, dict, dict]]:
     """Weights and what one device makes of them, per attention."""
     layouts = sharding.layouts(sharding.make_mesh({}, jax.devices()[:1]))
     out = {}
-    for config in (DEEPSEEK, QWEN):
+    for config in (MLA, QWEN):
         params = random_params(config)
         out[config.attention] = (
             params,
@@ -89,7 +100,7 @@ def alone() -> dict[str, tuple[Params, dict, dict]]:
     return out
 
 
-@pytest.mark.parametrize(("config", "sizes"), CASES, ids=name)
+@pytest.mark.parametrize(("config", "sizes"), and_slowly_the_rest(UPDATES), ids=name)
 def test_an_update_is_one_devices(config: ModelConfig, sizes: dict, alone: dict) -> None:
     params, want, _ = alone[config.attention]
     got = learned(config, params, sharding.layouts(mesh_of(sizes))["train"])
@@ -97,7 +108,7 @@ def test_an_update_is_one_devices(config: ModelConfig, sizes: dict, alone: dict)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), got, want)
 
 
-@pytest.mark.parametrize(("config", "sizes"), CASES, ids=name)
+@pytest.mark.parametrize(("config", "sizes"), and_slowly_the_rest(SAMPLINGS), ids=name)
 def test_sampled_tokens_are_one_devices(config: ModelConfig, sizes: dict, alone: dict) -> None:
     params, _, want = alone[config.attention]
     got = sampled(config, params, sharding.layouts(mesh_of(sizes))["decode"])

@@ -1,10 +1,12 @@
 """A whole run in miniature: a random policy of 40,000 weights, the ways to start it and to read what it left."""
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -59,7 +61,7 @@ SETTINGS = {
     "rl.group_size": 4,
     "rl.max_completion_tokens": 12,
     "rl.row_tokens": 64,
-    "rl.microbatch_rows": 2,
+    "rl.microbatch_rows": 4,
     "rl.reference_every": 2,
     "grpo.kl_coef": 0.05,
     "optim.learning_rate": 0.01,
@@ -102,10 +104,22 @@ def make_config(policy: pathlib.Path, **changes: Any) -> ConfigDict:
     return config
 
 
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Compiling is most of the time that a run in miniature takes, and optimizing most of that."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 def execute(config: ConfigDict, workdir: pathlib.Path, stop: hosts.Stop | None = None) -> run.Policy:
     """The run in this process, on one of its devices; `stop` is what SIGTERM would set."""
     make_mesh = sharding.make_mesh
     with (
+        quick_compilation(),
         mock.patch.object(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])),
         mock.patch.object(hosts, "on_sigterm", lambda: stop or hosts.Stop()),
     ):
@@ -114,7 +128,8 @@ def execute(config: ConfigDict, workdir: pathlib.Path, stop: hosts.Stop | None =
 
 def command(*arguments: str) -> subprocess.Popen:
     """The command in a process of its own, with one device."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**quick, **os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-m", "r1jax.main", *arguments]
     return subprocess.Popen(words, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -68,6 +68,7 @@ def main() -> None:
         os.environ |= {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         }
 
         def words(workdir: pathlib.Path) -> list[str]:
