@@ -60,9 +60,7 @@ def test_a_run_cut_short_at_every_move_ends_like_one_that_was_not(straight, tmp_
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-        with pytest.raises(
-            OSError, match=r"step 6 could not be written .* 0.000 GB are free.* continue from step 4"
-        ):
+        with pytest.raises(OSError, match=r"step 6 could not be written .* 0.000 GB are free.* continue from step 4"):
             execute(config, tmp_path)
     assert latest_step(tmp_path / "checkpoints" / STAGE) == 4
 

@@ -107,7 +107,7 @@ def make_config(policy: pathlib.Path, **changes: Any) -> ConfigDict:
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
     """Compiling is most of the time that a run in miniature takes, and optimizing most of that."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
