@@ -104,9 +104,9 @@ def test_saves_the_state_of_the_call_whatever_happens_after(opened, tmp_path):
     update = jax.jit(lambda t: jax.tree.map(lambda x: ~x if x.dtype == bool else x + 1, t), donate_argnums=0)
     state, host = tree(scale=2000), {"n": [0]}
     c.save(1, state, host)
+    host["n"][0] = 1
     for _ in range(5):
         state = update(state)
-    host["n"][0] = 1
     jax.block_until_ready(state)
     restored, restored_host = c.restore(1, shapes(state))
     assert_same(restored, tree(scale=2000))

@@ -95,7 +95,7 @@ def test_a_run_leaves_a_folder_that_tells_all_and_the_same_command_again_changes
 
 
 def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(policy, tmp_path):
-    lines = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
+    lines = sorted(map(json.loads, SAMPLE.read_text().splitlines()), key=lambda r: len(r["question"]))[:5]
     renamed = [{"name": r["id"], "task": r["question"], "result": r["answer"], "steps": 3} for r in lines]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in renamed))
     rewards = ("variety", "broken", "undefined")
@@ -107,7 +107,7 @@ def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(p
         data__id_column="name",
         data__level_column="steps",
         data__template="plain",
-        data__max_prompt_tokens=448,
+        data__max_prompt_tokens=160,
         rewards=dict.fromkeys(["accuracy", *rewards], 1.0),
         reward_paths={name: f"{policy}/rewards.py:{name}" for name in rewards},
         rl__updates=2,

@@ -68,6 +68,7 @@ def test_a_run_cut_short_at_every_move_ends_like_one_that_was_not(straight, tmp_
     assert outcome(tmp_path) == outcome(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_random_moment_ends_like_one_that_was_not(straight, tmp_path):
     policy, undisturbed = straight
     words = arguments(policy, tmp_path)
