@@ -60,6 +60,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._has_saved = False
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this optimizer step."""
@@ -105,6 +106,7 @@ class Checkpoints:
         except OSError as error:
             raise self._not_written(step, _brief(error)) from error
         self._saving = step, self._thread.submit(self._finish, step, record)
+        self._has_saved = True
 
     def wait(self) -> None:
         """Returns when no host has a save under way.
@@ -122,6 +124,8 @@ class Checkpoints:
         """Waits for the save under way (raising as `wait` does) and ends the background threads."""
         try:
             self.wait()
+            if self._has_saved:  # a reader deletes nothing
+                self._prune()
         finally:
             self._thread.shutdown()
             self._orbax.close()
@@ -194,10 +198,13 @@ class Checkpoints:
         path = self.folder / str(step)
         files = {name: _fingerprint(path / name) for name in hosts.my_part(_files(path))}
         _write_manifest(path, {**record, "files": files} if hosts.is_writer() else {"files": files})
-        if hosts.is_writer():  # if another host has not finished, this one goes next time
-            for old in _steps(self.folder)[: -self.keep]:
-                if not self.keep_every or old % self.keep_every:
-                    _delete(self.folder / str(old))
+        self._prune()
+
+    def _prune(self) -> None:
+        # While another host still writes its manifest, the oldest checkpoint counts and stays until the next time.
+        for old in _steps(self.folder)[: -self.keep] if hosts.is_writer() else ():
+            if not self.keep_every or old % self.keep_every:
+                _delete(self.folder / str(old))
 
     def _way_out(self, step: int, steps: Iterable[int]) -> str:
         """What to do when `step` is damaged: which checkpoint is sound, and what to delete to continue from it."""

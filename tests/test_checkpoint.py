@@ -244,6 +244,13 @@ def test_keeps_the_last_and_every_nth(opened, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "4", "8"]
 
 
+def test_a_reader_deletes_nothing(copy):
+    (copy / "7").mkdir()  # another process is saving
+    with Checkpoints(copy, save_every=1, keep=1) as c:
+        c.restore(2, shapes(tree()))
+    assert sorted(path.name for path in copy.iterdir()) == ["1", "2", "3", "7"]
+
+
 def test_half_a_deletion_leaves_nothing_that_looks_whole(opened, copy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path: (path / "arrays" / "manifest.ocdbt").unlink())
