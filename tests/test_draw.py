@@ -30,8 +30,8 @@ def kept_by_hand(z: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 )
 def test_frequencies_are_the_probabilities(config: DrawConfig) -> None:
     n = 20_000
-    members = jnp.arange(n)
-    u = jit(lambda: uniforms(sample_keys(jax.random.key(1), members // 100, members % 100), members % 7))()
+    named = jit(lambda prompts, members, places: uniforms(sample_keys(jax.random.key(1), prompts, members), places))
+    u = named(np.arange(n) // 100, np.arange(n) % 100, np.arange(n) % 7)
     token, logp = jit(lambda u: draw(jnp.broadcast_to(LOGITS, (n, 12)), u, config))(u)
     tempered = LOGITS[0] / config.temperature
     p = np.where(kept_by_hand(tempered, config.top_k, config.top_p), softmax(tempered), 0)

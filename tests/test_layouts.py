@@ -25,8 +25,8 @@ DESCENT = optax.sgd(1.0)  # the parameters move by the gradient itself
 # Partitioned programs take seconds to compile: one dense layer and one mixture are enough of each.
 MLA = dataclasses.replace(DEEPSEEK, num_hidden_layers=2)
 EACH_AXIS = [{axis: 2} for axis in sharding.AXES]
-UPDATES = [(MLA, sizes) for sizes in [*EACH_AXIS, {"expert": 2, "context": 2, "tensor": 2}]] + [
-    (QWEN, sizes) for sizes in [{"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": -1}]
+UPDATES = [(MLA, sizes) for sizes in [*EACH_AXIS[1:], {"expert": 2, "context": 2, "tensor": 2}]] + [
+    (QWEN, sizes) for sizes in [{"data": 2}, {"data": 2, "fsdp": 2, "tensor": -1}]
 ]
 # Decoding knows neither context nor fsdp as axes of its own: rows lie over fsdp as over data.
 SAMPLINGS = [(MLA, sizes) for sizes in [{"expert": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]] + [

@@ -20,7 +20,7 @@ from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Completion, Params, Request
 
 KEY = jax.random.key(3)
-STOP, LIMIT, GROUP = 7, 36, 4
+STOP, LIMIT, GROUP = 7, 30, 4
 DRAWING = DrawConfig(temperature=0.9)
 PROMPTS = [tuple(np.random.default_rng(i).integers(8, 40, n).tolist()) for i, n in enumerate((3, 14, 1, 7, 9))]
 REQUESTS = [Request(i, member, ids) for i, ids in enumerate(PROMPTS) for member in range(GROUP)]
@@ -103,7 +103,7 @@ def test_completions_are_what_the_full_forward_says(few: tuple[Verbs, dict], par
 
 def test_completions_are_what_the_full_forward_says_of_a_dense_gqa_policy() -> None:
     params = random_params(QWEN)
-    made = verbs(QWEN, SamplerConfig(slots=4, tokens_per_dispatch=8, cache_bucket=32, prefill_prompts=4))
+    made = verbs(QWEN, SamplerConfig(slots=4, tokens_per_dispatch=8, cache_bucket=64, prefill_prompts=4))
     expect_by_forward(QWEN, params, run(made, params))
 
 
