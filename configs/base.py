@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
                 "overlong_soft_tokens": 0,
             },
             "optim": {
+                "optimizer": "adamw",  # adamw, muon
                 "learning_rate": 3e-6,  # reported
                 "warmup_steps": 0,
                 "schedule": "constant",  # constant, cosine
@@ -122,7 +123,7 @@ def get_config() -> ConfigDict:
             },
             "log": {
                 "sample_every": 5,  # updates between two completions shown
-                "rollout_groups": 4,  # groups of each rollout that are written out in full
+                "rollout_groups": 4,  # groups of each rollout and evaluation that are written out in full
             },
         }
     ).lock()

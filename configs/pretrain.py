@@ -12,15 +12,25 @@ def get_config() -> ConfigDict:
     """Pretraining of the tiny policy; every value is *our choice*."""
     config = base.get_config()
     config.stages = ("pretrain",)
-    config.pretrain.update({"corpus": "runs/corpus", "valid_corpus": "runs/corpus_valid", "steps": 1600})
+    config.mesh.update({"data": -1, "fsdp": 1})
+    config.pretrain.update(
+        {
+            "corpus": "runs/corpus",
+            "valid_corpus": "runs/corpus_valid",
+            "steps": 5000,
+            "rows": 12,
+            "row_tokens": 256,
+        }
+    )
     config.optim.update(
         {
-            "learning_rate": 3e-3,
+            "optimizer": "muon",
+            "learning_rate": 0.01,
             "warmup_steps": 50,
             "schedule": "cosine",
-            "decay_steps": 1600,
-            "final_share": 0.03,
-            "weight_decay": 0.1,
+            "decay_steps": 5000,
+            "final_share": 0.02,
+            "weight_decay": 0.05,
             "router_bias_rate": 0.003,
         }
     )

@@ -59,9 +59,18 @@ def phrase_candidates() -> list[str]:
     sentences = [f"{sentence}. " for sentence in re.split(r"\. (?=The |$)", preamble) if sentence]
     tables = (
         *(writers.THOUGHTS, writers.SEPARATORS, writers.MISSES, writers.RESIGNATIONS, writers.SURRENDERS),
-        *(writers.OPENINGS, writers.RETREATS, writers.COMPARISONS, writers.HITS, writers.CHECKS, writers.REMARKS),
+        *(writers.OPENINGS, writers.RETREATS, writers.HITS, writers.CHECKS, writers.REMARKS),
     )
-    frame = ["User: ", "Using ", " and + - *, make ", " <think> ", " <answer>", " the answer is "]
+    frame = [
+        "User: ",
+        "Using ",
+        " and + - *, make ",
+        " <think> ",
+        " <answer>",
+        " the answer is ",
+        writers.TARGET,
+        writers.DISTANCE,
+    ]
     return list(dict.fromkeys(sentences + frame + [phrase for table in tables for phrase in table if phrase]))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from r1jax import grpo, hosts, metrics, minibatches, optim, sharding, updates
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import PromptStream
-from r1jax.rollout import Group, Interrupted, as_array, majority_is_right
+from r1jax.rollout import Group, Interrupted, as_array, majority_is_right, records
 from r1jax.run import Policy, Run, Stopped, check_finite, param_shardings, put_rows, training_state
 from r1jax.text import reflective_words
 from r1jax.types import Example, Params
@@ -196,7 +196,10 @@ def rl_loop(
                 parts = minibatches.split(
                     [i for group in items for i in group], settings.minibatches, (run.seed, at.rollout)
                 )
-            _write(run, stage, at, items, policy, shown["rollout_groups"])
+            rows = records(groups[: shown["rollout_groups"]], policy.tokenizer, stage, at.step, at.rollout)
+            trained = (item for group in items for item in group)
+            rows = ({**row, "advantage": item.advantage} for row, item in zip(rows, trained, strict=False))
+            metrics.write_rollout(run.workdir, stage, at.rollout, rows)
             batches = []
             for j, part in enumerate(parts):
                 with clock("pack"):
@@ -264,40 +267,6 @@ def _sample(
             break
     # The batch keeps its size: what is missing after the last round is filled with groups that teach nothing.
     return kept + rest[: want - len(kept)], cursor, drawn
-
-
-def _write(
-    run: Run, stage: str, at: Position, items: list[list[minibatches.Trained]], policy: Policy, groups: int
-) -> None:
-    """Writes some groups of a rollout in full (run_folder.py reads them)."""
-    metrics.write_rollout(
-        run.workdir,
-        stage,
-        at.rollout,
-        (
-            {
-                "stage": stage,
-                "step": at.step,
-                "rollout": at.rollout,
-                "prompt_id": item.sample.example["id"],
-                "member": item.sample.completion.member,
-                "level": item.sample.example.get("level"),
-                "prompt": item.sample.prompt,
-                "completion": item.sample.text,
-                "tokens": [policy.tokenizer.decode([t]) for t in item.sample.completion.tokens.tolist()],
-                "logp": item.sample.completion.logp,
-                "rewards": item.sample.graded.rewards,
-                "reward": item.sample.graded.reward,
-                "advantage": item.advantage,
-                "answer": item.sample.graded.answer,
-                "gold": item.sample.example["answer"],
-                "stop": item.sample.completion.stop,
-                "flags": list(item.sample.graded.flags),
-            }
-            for group in items[:groups]
-            for item in group
-        ),
-    )
 
 
 def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:

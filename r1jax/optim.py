@@ -1,7 +1,7 @@
-"""AdamW with warm-up and decay, clipped and guarded against non-finite steps, and the router-bias rule.
+"""AdamW or Muon with warm-up and decay, clipped and guarded against non-finite steps, and the router-bias rule.
 
-AdamW: arXiv 1711.05101. The published optimizer settings are DeepSeek-V3's (arXiv 2412.19437, section 4.2); its
-balancing of experts without an auxiliary loss (section 2.1.2) is `router_bias_update`.
+AdamW: arXiv 1711.05101; Muon as in arXiv 2502.16982. The published optimizer settings are DeepSeek-V3's (arXiv
+2412.19437, section 4.2); its balancing of experts without an auxiliary loss (section 2.1.2) is `router_bias_update`.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Num
+from optax.contrib import MuonDimensionNumbers, muon
 
 from r1jax.types import Params
 
@@ -24,11 +25,16 @@ SCHEDULES: dict[str, Callable[[Array], Array]] = {
 }
 
 
+OPTIMIZERS = ("adamw", "muon")
+MUON_RMS = 0.2  # of an update at learning rate 1: about AdamW's, so that its learning rates serve (arXiv 2502.16982)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; steps are optimizer steps."""
+    """The optimizer and its schedule; steps are optimizer steps."""
 
     learning_rate: float = 3e-6
+    optimizer: str = "adamw"
     warmup_steps: int = 0
     schedule: str = "constant"
     decay_steps: int = 0  # the step at which a decaying schedule arrives, warm-up included; it stays there
@@ -41,10 +47,11 @@ class OptimConfig:
     non_finite_limit: int = 10  # skipped steps in a row before the run stops
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            near = difflib.get_close_matches(str(self.schedule), SCHEDULES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"optim.schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}{hint}")
+        for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, key)) not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"optim.{key} is {value!r}, wanted one of {', '.join(choices)}{hint}")
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"optim.schedule {self.schedule!r} needs optim.decay_steps above optim.warmup_steps, "
@@ -82,19 +89,49 @@ def _named(params: Params, is_true: Callable[[str], bool]) -> Any:
     )
 
 
-def make_optimizer(config: OptimConfig, params: Params) -> optax.GradientTransformation:
-    """AdamW behind a clip by the global norm; `params` (arrays or shapes) only say which leaves there are.
+# Projections to heads and from heads are matrices with two axes on one side; all others are matrices as they lie.
+TO_HEADS, FROM_HEADS = ("q", "k", "v", "q_b", "k_b", "v_b"), ("o",)
+# Tables of the vocabulary and routers are no maps between hidden states: arXiv 2502.16982 leaves such to AdamW.
+NOT_FOR_MUON = ("embed", "head", "router")
 
-    Weight decay touches matrices alone: not norms, not biases. `router_bias` gets no update at all.
+
+def _muon_axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+    """Which axes of a weight, stacked over layers and experts, Muon takes as a matrix; None leaves it to AdamW."""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    if name.endswith(("norm", "bias")) or name in NOT_FOR_MUON:
+        return None
+    if name in TO_HEADS:
+        return MuonDimensionNumbers(leaf.ndim - 3, (leaf.ndim - 2, leaf.ndim - 1))
+    if name in FROM_HEADS:
+        return MuonDimensionNumbers((leaf.ndim - 3, leaf.ndim - 2), leaf.ndim - 1)
+    return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+
+def make_optimizer(config: OptimConfig, params: Params) -> optax.GradientTransformation:
+    """AdamW or Muon behind a clip by the global norm; `params` (arrays or shapes) only say which leaves there are.
+
+    Weight decay touches matrices alone, not norms or biases, and with Muon only what Muon updates. `router_bias` gets
+    no update at all.
     """
+    if config.optimizer == "muon":
+        step = muon(
+            schedule(config),
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            eps=config.eps,
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(_muon_axes, params),
+        )
+    else:
+        is_decayed = _named(params, lambda name: not name.endswith(("norm", "bias")))
+        step = optax.adamw(
+            schedule(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=is_decayed
+        )
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(
-            config.weight_decay, _named(params, lambda name: not name.endswith(("norm", "bias")))
-        ),
+        step,
         optax.masked(optax.set_to_zero(), _named(params, lambda name: name == "router_bias")),
-        optax.scale_by_learning_rate(schedule(config)),
     )
 
 
@@ -112,15 +149,18 @@ def init(optimizer: optax.GradientTransformation, params: Params) -> OptimState:
     return OptimState(moments, skipped=jnp.zeros([], jnp.int32), skipped_in_a_row=jnp.zeros([], jnp.int32))
 
 
-def state_like(optimizer: optax.GradientTransformation, state: OptimState, per_param: Any, scalar: Any) -> OptimState:
+def state_like(state: OptimState, per_param: Any, scalar: Any) -> OptimState:
     """A tree shaped like `state`: `per_param`'s leaves where the moments of that parameter stand, else `scalar`.
 
     For shardings: `per_param` the parameters' shardings, `scalar` the replicated one.
     """
-    moments = optax.tree.map_params(
-        optimizer, lambda _, leaf: leaf, state.moments, per_param, transform_non_params=lambda _: scalar
-    )
-    return OptimState(moments, skipped=scalar, skipped_in_a_row=scalar)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(per_param))
+
+    def one(path: tuple, _: Any) -> Any:
+        # The path of a moment ends with that of its parameter.
+        return next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), scalar)
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def apply(

@@ -5,7 +5,8 @@ very ids that were sampled, never text encoded again.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -133,6 +134,31 @@ def collect(
         return Sample(examples[i], *prompts[i], completion, text, graded[ticket])
 
     return [[sample(i, m) for m in range(group_size)] for i in range(len(examples))]
+
+
+def records(
+    groups: Sequence[Group], tokenizer: Tokenizer, stage: str, step: int, rollout: int
+) -> Iterator[dict[str, Any]]:
+    """One row per completion, in full, for `metrics.write_rollout`."""
+    for s in (s for group in groups for s in group):
+        yield {
+            "stage": stage,
+            "step": step,
+            "rollout": rollout,
+            "prompt_id": s.example["id"],
+            "member": s.completion.member,
+            "level": s.example.get("level"),
+            "prompt": s.prompt,
+            "completion": s.text,
+            "tokens": [tokenizer.decode([token]) for token in s.completion.tokens.tolist()],
+            "logp": s.completion.logp,
+            "rewards": s.graded.rewards,
+            "reward": s.graded.reward,
+            "answer": s.graded.answer,
+            "gold": s.example["answer"],
+            "stop": s.completion.stop,
+            "flags": list(s.graded.flags),
+        }
 
 
 def majority(group: Group) -> str | None:

@@ -55,7 +55,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> State
 def state_shardings(shardings: Params, optimizer: optax.GradientTransformation, params: Params, scalar: Any) -> State:
     """Shardings of a training state: moments lie as their parameters do."""
     like = jax.eval_shape(partial(optim.init, optimizer), params)
-    return {"policy": shardings, "optim": optim.state_like(optimizer, like, shardings, scalar)}
+    return {"policy": shardings, "optim": optim.state_like(like, shardings, scalar)}
 
 
 def _run(program: Program, params: Params, micro: Batch) -> transformer.Hidden:

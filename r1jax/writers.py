@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from r1jax.countdown import LARGEST_INTERMEDIATE, Attempt, Problem, attempts, expression_of, second_step
 
-SLIP_RATE = 0.025  # share of the equations that writers without patience get wrong
-LONGEST_SEARCH = 20  # attempts
+SLIP_RATE = 0.01  # share of the equations that writers without patience get wrong
+LONGEST_SEARCH = 12  # attempts
 # Patient writers feel which attempts come near: an attempt has weight (1 + |result - target|) ** -INSIGHT to be next.
 INSIGHT = 0.35
 
@@ -40,7 +40,8 @@ RETREATS = {
     ". a mistake, retry. ": 1,
     ". however, ": 1,
 }
-COMPARISONS = {", too large. ": 1, ", too small. ": 1}
+# A result beside the target, and how far off it is: small steps from which a small model can tell a hit from a miss.
+TARGET, DISTANCE = " of ", ", off by "
 HITS = {", yes. ": 5, ", that is it. ": 2, ", found it. ": 2}
 CHECKS = {"check: ": 7, "let me verify: ": 2, "check again: ": 1}
 REMARKS = {" I hope so.": 3, " done.": 2, " or something else.": 1}
@@ -76,8 +77,10 @@ def calculated(value: int, rng: random.Random, slip_rate: float) -> int:
     return min(max(value + slip, 0), LARGEST_INTERMEDIATE)
 
 
-def written_steps(attempt: Attempt, separator: str, rng: random.Random, slip_rate: float) -> tuple[str, int]:
-    """The two equations of an attempt, and the number that the writer believes to have reached.
+def written_attempt(
+    attempt: Attempt, target: int, separator: str, rng: random.Random, slip_rate: float
+) -> tuple[str, int]:
+    """The two equations of an attempt and how far off they are, and what the writer believes to have reached.
 
     Whoever slips in the first goes on with the wrong number.
     """
@@ -85,7 +88,8 @@ def written_steps(attempt: Attempt, separator: str, rng: random.Random, slip_rat
     left, right, result = second_step(middle, attempt.op2, attempt.rest)
     reached = calculated(result, rng, slip_rate)
     first = f"{attempt.first}{attempt.op1}{attempt.second}={middle}"
-    return f"{first}{separator}{left}{attempt.op2}{right}={reached}", reached
+    second = f"{left}{attempt.op2}{right}={reached}"
+    return f"{first}{separator}{second}{TARGET}{target}{DISTANCE}{abs(reached - target)}", reached
 
 
 def guess(problem: Problem, rng: random.Random) -> tuple[str, str]:
@@ -100,28 +104,21 @@ def guess(problem: Problem, rng: random.Random) -> tuple[str, str]:
 def try_once(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """One attempt, answered whatever it gives."""
     attempt = next(search(problem, rng, insight=0.0))
-    text, _ = written_steps(attempt, pick(rng, SEPARATORS), rng, SLIP_RATE)
+    text, _ = written_attempt(attempt, problem.target, pick(rng, SEPARATORS), rng, SLIP_RATE)
     return text + pick(rng, RESIGNATIONS), expression_of(attempt, bare=rng.random() < 0.15)
-
-
-def compared(reached: int, target: int) -> str:
-    """How a miss stands to the target. From these remarks a small model learns to compare at all."""
-    large, small = COMPARISONS
-    return large if reached > target else small
 
 
 def try_a_few(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """Two or three attempts in any order; then the closest or the last one is the answer."""
     separator, miss, limit = pick(rng, SEPARATORS), pick(rng, MISSES), rng.choice((2, 2, 3))
-    compares = rng.random() < 0.7
     thought, tried = "", []
     for _, attempt in zip(range(limit), search(problem, rng, insight=0.0), strict=False):
-        text, reached = written_steps(attempt, separator, rng, SLIP_RATE)
+        text, reached = written_attempt(attempt, problem.target, separator, rng, SLIP_RATE)
         tried.append((abs(reached - problem.target), attempt))
         if reached == problem.target:
             thought += text + pick(rng, HITS)
             break
-        thought += text + (compared(reached, problem.target) if compares else miss)
+        thought += text + miss
     else:
         thought += pick(rng, SURRENDERS)
     closest = reached == problem.target or rng.random() < 0.6
@@ -137,17 +134,11 @@ def search_patiently(problem: Problem, rng: random.Random) -> tuple[str, str]:
     separator, miss = pick(rng, SEPARATORS), pick(rng, MISSES)
     thought = pick(rng, OPENINGS)
     for attempt in tried:
-        text, reached = written_steps(attempt, separator, rng, slip_rate=0.0)
-        thought += text
-        draw = rng.random()
+        text, reached = written_attempt(attempt, problem.target, separator, rng, slip_rate=0.0)
         if reached == problem.target:
-            thought += pick(rng, HITS)
-        elif draw < 0.35:
-            thought += pick(rng, RETREATS)
-        elif draw < 0.85:
-            thought += compared(reached, problem.target)
+            thought += text + pick(rng, HITS)
         else:
-            thought += miss
+            thought += text + (pick(rng, RETREATS) if rng.random() < 0.5 else miss)
     answer = expression_of(tried[-1], bare=rng.random() < 0.15)
     return f"{thought}{pick(rng, CHECKS)}{answer}={problem.target}. ", answer
 

@@ -147,7 +147,7 @@ def test_state_like_puts_a_parameters_leaf_where_its_moments_are():
     optimizer, _ = start()
     state = optim.init(optimizer, tree(0))
     per_param = jax.tree.map(lambda p: f"spec of {p.shape}", tree(0))
-    got = optim.state_like(optimizer, state, per_param, "replicated")
+    got = optim.state_like(state, per_param, "replicated")
     assert jax.tree.structure(got) == jax.tree.structure(state)
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(got), strict=True):
         assert spec == (f"spec of {leaf.shape}" if leaf.ndim else "replicated")

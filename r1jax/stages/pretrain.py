@@ -3,6 +3,7 @@
 This is how the base that is packaged with r1jax was made (configs/pretrain.py).
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -85,35 +86,32 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     update, score = updates.make_sft_update(program, optimizer), updates.make_score(program)
     rate = optim.schedule(settings)
 
-    saved = open_checkpoints(run, STAGE, config.checkpoint)
     state, like = training_state(policy, layout, optimizer)
-    step = saved.latest() or 0
-    if step:
-        state, _ = saved.restore(step, like)
-    log = metrics.Log(run.workdir, STAGE, step)
-    progress = metrics.Progress(STAGE, c.steps, step)
-    n = len(rows.tokens)
-    while step < c.steps:
-        start = time.perf_counter()
-        places = np.arange(step * c.rows, (step + 1) * c.rows)
-        index = np.array([data.order(n, run.seed, int(p) // n)[int(p) % n] for p in places])
-        state, sums = update(state, put_rows(take(rows, index), layout), 1)
-        step += 1
-        scalars = finish(sums, float(rate(step - 1)))
-        scalars["throughput/train_tokens_per_s"] = float(sums["tokens"]) / (time.perf_counter() - start)
-        if step % c.valid_every == 0 or step == c.steps:
-            logp = score(state["policy"], valid, 1)
-            scalars["eval/next_token_loss"] = -float((logp * valid["is_completion"]).sum()) / valid_tokens
-            progress.say(f"step {step}: validation loss {scalars['eval/next_token_loss']:.4f} nats per token")
-        log.write(step, scalars)
-        progress.step(step, scalars)
-        check_finite(state["optim"], settings.non_finite_limit)
-        if saved.due(step) or step == c.steps or run.stop.requested:
-            saved.save(step, state, {})
-        if run.stop.requested:
-            saved.close()
-            raise Stopped
-    saved.close()
-    log.close()
-    progress.close()
+    with contextlib.ExitStack() as opened:
+        saved = opened.enter_context(contextlib.closing(open_checkpoints(run, STAGE, config.checkpoint)))
+        step = saved.latest() or 0
+        if step:
+            state, _ = saved.restore(step, like)
+        log = opened.enter_context(contextlib.closing(metrics.Log(run.workdir, STAGE, step)))
+        progress = opened.enter_context(contextlib.closing(metrics.Progress(STAGE, c.steps, step)))
+        n = len(rows.tokens)
+        while step < c.steps:
+            start = time.perf_counter()
+            places = np.arange(step * c.rows, (step + 1) * c.rows)
+            index = np.array([data.order(n, run.seed, int(p) // n)[int(p) % n] for p in places])
+            state, sums = update(state, put_rows(take(rows, index), layout), 1)
+            step += 1
+            scalars = finish(sums, float(rate(step - 1)))
+            scalars["throughput/train_tokens_per_s"] = float(sums["tokens"]) / (time.perf_counter() - start)
+            if step % c.valid_every == 0 or step == c.steps:
+                logp = score(state["policy"], valid, 1)
+                scalars["eval/next_token_loss"] = -float((logp * valid["is_completion"]).sum()) / valid_tokens
+                progress.say(f"step {step}: validation loss {scalars['eval/next_token_loss']:.4f} nats per token")
+            log.write(step, scalars)
+            progress.step(step, scalars)
+            check_finite(state["optim"], settings.non_finite_limit)
+            if saved.due(step) or step == c.steps or run.stop.requested:
+                saved.save(step, state, {})
+            if run.stop.requested:
+                raise Stopped
     return export(run, policy, state["policy"])

@@ -3,10 +3,24 @@
 import jax
 from ml_collections import ConfigDict
 
-from r1jax import data, draw, evaluate, grpo, hosts, loops, minibatches, optim, report, sharding, sources, updates
+from r1jax import (
+    data,
+    draw,
+    evaluate,
+    grpo,
+    hosts,
+    loops,
+    metrics,
+    minibatches,
+    optim,
+    report,
+    sharding,
+    sources,
+    updates,
+)
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.table import check_examples
-from r1jax.rollout import collect, encode_prompts
+from r1jax.rollout import collect, encode_prompts, records
 from r1jax.run import Policy, Run, export, open_checkpoints
 from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Example, Params
@@ -105,6 +119,9 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
                 jax.random.fold_in(key, EVALUATION), 0, max_prompt_tokens, limit, settings.stop_texts,
                 is_interrupted,
             )  # fmt: skip
+            # The same prompts each time, so that the report can lay a problem's completions side by side.
+            rows = records(groups[: config.log.rollout_groups], policy.tokenizer, f"{STAGE} evaluation", step, step)
+            metrics.write_rollout(run.workdir, f"{STAGE}-evaluation", step, rows)
             record = evaluate.measure(groups, STAGE, step)
             run.summary.add(record)
             low, high = record["pass_at_1_ci"]
