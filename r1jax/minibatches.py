@@ -6,7 +6,6 @@ members end up in. Every array is aligned to the position that predicts the toke
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -76,12 +75,13 @@ def pack(
     completions = [(prompts[i.sample.prompt_tokens], i.sample.completion.tokens) for i in items]
     rows = pack_groups([np.array(p) for p in prompts], completions, shape.row_tokens, shape.share_prompt, shape.rows)
 
-    def spread(value: Any) -> np.ndarray:
-        return place(rows, [np.full(len(i.sample.completion.tokens), value(i), np.float32) for i in items])
+    def spread(values: list[float], dtype: type) -> np.ndarray:
+        """One value per completion at each of its targets, 0 elsewhere."""
+        return np.where(rows.completion_index >= 0, np.array(values, dtype)[rows.completion_index], dtype(0))
 
     trained = [i for i in items if i.is_trained]
     tokens = sum(len(i.sample.completion.tokens) for i in trained)
-    lengths = spread(lambda i: len(i.sample.completion.tokens) if i.is_trained else 0).astype(np.int32)
+    lengths = spread([len(i.sample.completion.tokens) if i.is_trained else 0 for i in items], np.int32)
     out = {
         "tokens": rows.tokens,
         "targets": rows.targets,
@@ -90,7 +90,7 @@ def pack(
         "parents": rows.parents,
         "sequence": rows.segments,
         "is_completion": rows.is_completion & (lengths > 0),
-        "advantage": spread(lambda i: i.advantage),
+        "advantage": spread([i.advantage for i in items], np.float32),
         "weights": np.asarray(
             grpo.token_weights(settings.aggregation, lengths, len(trained), tokens, max_completion_tokens)
         ),

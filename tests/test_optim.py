@@ -1,5 +1,6 @@
 """Laws of optim.py: schedules and AdamW against closed forms, skipped steps, the router-bias rule."""
 
+import dataclasses
 import functools
 
 import jax
@@ -93,6 +94,26 @@ def test_apply_is_adamw_with_decay_on_matrices_alone():
     want_norms = [np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads))) for grads in all_grads]
     np.testing.assert_allclose(norms, want_norms, **CLOSE)
     assert norms[0] < CONFIG.grad_clip_norm < norms[1]
+
+
+def test_muon_moves_each_layers_matrix_equally_in_all_directions():
+    config = dataclasses.replace(CONFIG, optimizer="muon", weight_decay=0.0)
+    params, grads = tree(0), tree(1)
+    optimizer = optim.make_optimizer(config, params)
+    step = jax.jit(functools.partial(optim.apply, optimizer))
+    new, state, _ = step(params, optim.init(optimizer, params), grads, jnp.float32(0))
+    moved = jax.tree.map(lambda old, new: np.asarray(old - new) / config.learning_rate, params, new)
+    # A matrix of [4, heads 2 x 2] and one of [4, 5], in both layers: singular values near 0.2 sqrt(longer side).
+    for matrices in (moved["moe"]["attn"]["q"].reshape(2, 4, 4), moved["moe"]["mlp"]["shared"]["gate"]):
+        values = np.linalg.svd(matrices, compute_uv=False) / (0.2 * np.sqrt(matrices.shape[-1]))
+        assert values.min() > 0.5 and values.max() < 1.3, values
+    np.testing.assert_array_equal(np.sign(moved["embed"]), np.sign(grads["embed"]))  # AdamW's first step
+    np.testing.assert_array_equal(moved["moe"]["mlp"]["router_bias"], 0)
+    got = optim.state_like(state, jax.tree.map(lambda p: f"spec of {p.shape}", params), "replicated")
+    is_moment = [
+        leaf == f"spec of {value.shape}" for leaf, value in zip(*map(jax.tree.leaves, (got, state)), strict=True)
+    ]
+    assert sum(is_moment) == 2 + 7 * 2, is_moment  # one for each matrix, AdamW's two for each other leaf
 
 
 def test_zero_gradients_move_only_what_decays():
