@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
                 "remat": "none",  # what the backward pass computes again: none, dots, full
                 "scan_unroll": 1,  # layers per step of the scan over layers
             },
+            "cpu_devices": 1,  # as how many devices the CPU of each host counts; accelerators are not concerned
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
             "data": {

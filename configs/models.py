@@ -19,6 +19,7 @@ TINY = {
     "first_k_dense_replace": 1,
     "n_group": 4,
     "topk_group": 2,
+    "num_nextn_predict_layers": 1,
     "initializer_range": 0.05,
     "max_position_embeddings": 2048,
 }

@@ -12,14 +12,16 @@ def get_config() -> ConfigDict:
     """Pretraining of the tiny policy; every value is *our choice*."""
     config = base.get_config()
     config.stages = ("pretrain",)
+    config.cpu_devices = 2
     config.mesh.update({"data": -1, "fsdp": 1})
     config.pretrain.update(
         {
             "corpus": "runs/corpus",
             "valid_corpus": "runs/corpus_valid",
-            "steps": 5000,
+            "steps": 2600,
             "rows": 12,
             "row_tokens": 256,
+            "mtp_weight": 0.1,
         }
     )
     config.optim.update(
@@ -28,7 +30,7 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.01,
             "warmup_steps": 50,
             "schedule": "cosine",
-            "decay_steps": 5000,
+            "decay_steps": 2600,
             "final_share": 0.02,
             "weight_decay": 0.05,
             "router_bias_rate": 0.003,

@@ -13,6 +13,8 @@ from configs import ablations, base
 def get_config(ablation: str = "") -> ConfigDict:
     """The embedded run; `ablation` names an entry of configs/ablations.py."""
     config = base.get_config()
+    config.cpu_devices = 2
+    config.mesh.update({"data": -1, "fsdp": 1})
     config.rl.update(
         {
             "updates": 40,

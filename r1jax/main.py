@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     from r1jax import hosts, pipeline, run  # after the flags: a mistake in them should not wait for jax
 
     try:
-        hosts.initialize()
+        hosts.initialize(_CONFIG.value.cpu_devices)
         pipeline.execute(_CONFIG.value, _WORKDIR.value)
     except run.Stopped:
         hosts.say("stopped on request; everything is saved: the same command goes on")

@@ -194,6 +194,7 @@ class _Loop:
         tokens, logp, is_new = (hosts.fetch(a) for a in (drawn.tokens, drawn.logp, drawn.is_new))
         experts = None if drawn.experts is None else hosts.fetch(drawn.experts)
         counts = is_new.sum(0)
+        assert counts[live].all(), "a dispatch draws at least one token for every live slot, or this would never end"
         for slot in live:
             n = int(counts[slot])
             self.tokens[slot] += tokens[:n, slot].tolist()

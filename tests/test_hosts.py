@@ -117,13 +117,13 @@ def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def one_of_two(index: int, port: int, folder: str) -> None:
+    del os.environ["XLA_FLAGS"]
     os.environ |= {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(index),
     }
-    hosts.initialize()
+    hosts.initialize(cpu_devices=2)
     hosts.initialize()  # harmless
     assert (hosts.index(), hosts.count(), hosts.is_writer()) == (index, 2, index == 0)
 

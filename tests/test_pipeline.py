@@ -78,7 +78,15 @@ def test_a_run_leaves_a_folder_that_tells_all_and_the_same_command_again_changes
         assert first["ratio/mean"] == 1 and first["reward/variety/std"] > 0
 
     rollouts = sorted((tmp_path / "rollouts").iterdir())
-    assert [path.name for path in rollouts] == [f"{STAGE}-00000{i}.jsonl" for i in (0, 1)]
+    assert [path.name for path in rollouts] == [
+        *(f"{STAGE}-00000{i}.jsonl" for i in (0, 1)),
+        *(f"{STAGE}-evaluation-00000{step}.jsonl" for step in (0, 2, 4)),
+    ]
+    shown = [[json.loads(line) for line in path.read_text().splitlines()] for path in rollouts[2:]]
+    assert [[(row["prompt_id"], row["member"]) for row in rows] for rows in shown[1:]] == 2 * [
+        [(row["prompt_id"], row["member"]) for row in shown[0]]
+    ], "the same problems at each evaluation"
+    assert {row["stage"] for rows in shown for row in rows} == {f"{STAGE} evaluation"}
     rows = [json.loads(line) for line in rollouts[1].read_text().splitlines()]
     assert len(rows) == 4 * 4 and {row["step"] for row in rows} == {2}
     for row in rows:
@@ -122,7 +130,9 @@ def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(p
     assert first["reward/broken/mean"] == first["reward/undefined/mean"] == 0
     assert first["reward/mean"] == first["reward/accuracy/mean"] + first["reward/variety/mean"] > 0
     assert first["grad/norm"] > 0 and second["grad/skipped"] == 0
-    rows = [json.loads(line) for line in next((tmp_path / "run" / "rollouts").iterdir()).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "rollouts" / f"{STAGE}-000000.jsonl").read_text().splitlines()
+    ]
     gold = {r["id"]: r["answer"] for r in lines}
     assert all(row["gold"] == gold[row["prompt_id"]] and row["level"] == 3 for row in rows)
     assert all(row["flags"] == ["error:broken", "nan:undefined"] for row in rows)

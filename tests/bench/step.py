@@ -2,6 +2,7 @@
 
 32 prompts of 32 tokens, 16 completions each, exactly 64 new tokens, dense 4 layers, width 256, 4 heads, MLP 1,024,
 vocabulary 512, float32, KL against a reference, one inner epoch, AdamW. The reward is the share of even ids.
+With BENCH_LOCK=FILE in the environment, several benchmarks given the same file take turns, one step at a time.
 """
 
 import time
@@ -9,11 +10,15 @@ import time
 START_S = time.perf_counter()
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
 import random
 import statistics
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +63,23 @@ def graded(completion: Completion, ids: tuple[int, ...]) -> Sample:
     return Sample({}, "", ids, completion, "", Graded(0, {"even": reward}, reward, None, (), 0.0))
 
 
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Waits for this process's turn where BENCH_LOCK names a file, and lets the others have theirs."""
+    if not (path := os.environ.get("BENCH_LOCK")):
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    time.sleep(0.5)
+
+
 class Bench:
     """The policy, its state and the programs of one step."""
 
     def __init__(self, row_tokens: int, rows: int, n_slots: int) -> None:
-        mesh = sharding.make_mesh({"fsdp": -1})
+        mesh = sharding.make_mesh({"data": -1})
         lays = sharding.layouts(mesh)
         self.layout = lays["train"]
         params = run.random_params(MODEL, self.layout, 0)
@@ -139,15 +156,18 @@ def main() -> None:
     parser.add_argument("--row_tokens", type=int, default=160, help="length of a packed row")
     parser.add_argument("--rows", type=int, default=16, help="packed rows per microbatch")
     parser.add_argument("--slots", type=int, default=512, help="completions decoded side by side")
+    parser.add_argument("--cpu_devices", type=int, default=2, help="as how many devices the CPU counts")
     parser.add_argument("--generation", action="store_true", help="time generation alone: lengths, refilling")
     args = parser.parse_args()
+    hosts.initialize(args.cpu_devices)
     if args.generation:
         return generation()
     bench = Bench(args.row_tokens, args.rows, args.slots)
     rows = []
     startup_s = 0.0
     for step in range(2 + args.steps):
-        rows.append(bench.step(step))
+        with turn():
+            rows.append(bench.step(step))
         startup_s = startup_s or time.perf_counter() - START_S
         shown = "  ".join(f"{name} {value:6.2f}" for name, value in rows[-1].items())
         print(f"step {step}: {shown}", flush=True)
