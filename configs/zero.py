@@ -17,11 +17,12 @@ def get_config(ablation: str = "") -> ConfigDict:
     config.mesh.update({"data": -1, "fsdp": 1})
     config.rl.update(
         {
-            "updates": 40,
+            "updates": 60,
+            "prompts_per_update": 16,
             "minibatches": 2,
-            "max_completion_tokens": 192,
+            "max_completion_tokens": 224,
             "length_schedule": (),
-            "row_tokens": 224,
+            "row_tokens": 256,
             "microbatch_rows": 32,
         }
     )
