@@ -209,13 +209,15 @@ def rl_loop(
                     with clock("ref_logp"):
                         batch["ref_logp"] = moves.score(reference, batch, n)
                 if j:
-                    # The first minibatch is on-policy by construction: its ratio is exactly one.
                     with clock("old_logp"):
                         batch["old_logp"] = moves.score(state["policy"], batch, n)
+                else:
+                    # The first minibatch is on-policy by construction; the array is there for the program's sake.
+                    batch["old_logp"] = jnp.zeros_like(batch["sampler_logp"], device=batch["sampler_logp"].sharding)
                 batches.append((batch, n))
-            for batch, n in batches:
+            for j, (batch, n) in enumerate(batches):
                 with clock("update"):
-                    state, sums = moves.update(state, batch, n)
+                    state, sums = moves.update(state, batch, n, j == 0)
                     sums = {name: hosts.fetch(value) for name, value in sums.items()}
                 at.step += 1
                 scalars |= update_metrics(sums, float(rate(at.step - 1))) | clock.take()

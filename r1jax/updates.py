@@ -82,7 +82,7 @@ def _rows(layout: sharding.Layout, batch: Batch) -> Batch:
 def make_score(program: Program) -> Callable[[Params, Batch, int], Array]:
     """Log-probabilities [M, B, T] of the targets under given parameters; zeros past the first `n` microbatches."""
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=program.layout.sharding(None, "rows", "tokens"))
     def score(params: Params, batch: Batch, n: Array) -> Array:
         with sharding.use(program.layout):
             batch = _rows(program.layout, batch)
@@ -141,22 +141,24 @@ def _with_load(record: dict[str, Array], load: Array | None) -> dict[str, Array]
 
 def make_rl_update(
     program: Program, settings: grpo.GrpoConfig, optimizer: optax.GradientTransformation, row_sequences: int
-) -> Callable[[State, Batch, int], tuple[State, dict[str, Array]]]:
-    """One GRPO step: (state, minibatch) to (state, sums for grpo.finish_metrics).
+) -> Callable[[State, Batch, int, bool], tuple[State, dict[str, Array]]]:
+    """One GRPO step: (state, minibatch, n, is_on_policy) to (state, sums for grpo.finish_metrics).
 
-    The minibatch holds data.packing's arrays and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
-    old_logp except for the first minibatch of a rollout, which is on-policy by construction, and replay for a MoE.
+    The minibatch holds packing.py's arrays and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
+    old_logp, and replay for a MoE. Where `is_on_policy`, as for the first minibatch of a rollout, or without old_logp, the
+    policy's own log-probabilities stand for the old ones: the ratio is exactly one.
     """
 
-    def gradient(params: Params, micro: Batch) -> tuple[tuple[Array, dict], Params]:
+    def gradient(params: Params, micro: Batch, is_on_policy: Array) -> tuple[tuple[Array, dict], Params]:
         def loss_of(params: Params) -> tuple[Array, dict]:
             out = _run(program, params, micro)
             weights = cast(params, program.compute_dtype)
             logp, entropy = transformer.token_logps(weights, out.x, micro["targets"], program.temperature)
+            own = jax.lax.stop_gradient(logp)
             loss, record = grpo.loss(
                 grpo.LossInputs(
                     logp=logp,
-                    old_logp=micro.get("old_logp", jax.lax.stop_gradient(logp)),
+                    old_logp=jnp.where(is_on_policy, own, micro.get("old_logp", own)),
                     ref_logp=micro.get("ref_logp"),
                     sampler_logp=micro["sampler_logp"],
                     advantage=micro["advantage"],
@@ -173,9 +175,9 @@ def make_rl_update(
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch, n: Array) -> tuple[State, dict[str, Array]]:
+    def update(state: State, batch: Batch, n: Array, is_on_policy: Array = False) -> tuple[State, dict[str, Array]]:
         with sharding.use(program.layout):
-            return _step(program, optimizer, gradient, state, batch, n)
+            return _step(program, optimizer, partial(gradient, is_on_policy=is_on_policy), state, batch, n)
 
     return update
 
