@@ -144,8 +144,8 @@ def make_rl_update(
 ) -> Callable[[State, Batch, int, bool], tuple[State, dict[str, Array]]]:
     """One GRPO step: (state, minibatch, n, is_on_policy) to (state, sums for grpo.finish_metrics).
 
-    The minibatch holds packing.py's arrays and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
-    old_logp, and replay for a MoE. Where `is_on_policy`, as for the first minibatch of a rollout, or without old_logp, the
+    The minibatch holds the arrays of packing.py and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
+    old_logp, and replay for a MoE. Where `is_on_policy`, as for a rollout.s first minibatch, or without old_logp, the
     policy's own log-probabilities stand for the old ones: the ratio is exactly one.
     """
 
