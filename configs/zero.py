@@ -17,7 +17,7 @@ def get_config(ablation: str = "") -> ConfigDict:
     config.mesh.update({"data": -1, "fsdp": 1})
     config.rl.update(
         {
-            "updates": 60,
+            "updates": 40,
             "prompts_per_update": 16,
             "minibatches": 2,
             "max_completion_tokens": 224,
@@ -27,6 +27,6 @@ def get_config(ablation: str = "") -> ConfigDict:
         }
     )
     config.data.max_prompt_tokens = 32
-    config.optim.learning_rate = 5e-4
+    config.optim.learning_rate = 1e-3
     config.log.rollout_groups = 8
     return ablations.apply(config, ablation)

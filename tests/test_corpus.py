@@ -43,13 +43,13 @@ def test_patient_writers_are_exact_find_it_and_never_try_twice():
         if "</answer>" in text and "</think>" in text:
             assert grade(text, {"answer": problem._asdict()})
     attempts = [text.count("=") // 2 for _, text in sample("patient") if "</think>" in text]
-    assert 4 < np.mean(attempts) < 6 and max(attempts) >= 15
+    assert 3.5 < np.mean(attempts) < 5.5 and max(attempts) >= 11
 
 
 @pytest.mark.parametrize("kind", ["one_try", "few_tries"])
 def test_writers_without_patience_slip_now_and_then(kind):
     wrong, total = np.sum([wrong_share(text) for _, text in sample(kind)], axis=0)
-    assert 0.01 < wrong / total < 0.04
+    assert 0.003 < wrong / total < 0.02
 
 
 def test_steps_stay_within_the_numbers_that_are_tokens():
