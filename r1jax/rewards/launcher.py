@@ -32,8 +32,17 @@ PRELOADED = (
     " functools hashlib heapq io itertools json math numbers operator queue random re secrets statistics string struct"
     " sys textwrap threading time types typing unicodedata"
 ).split()
-READABLE = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom")
-COMPILER_READABLE = ("/usr", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
+READABLE = (
+    "/usr/lib",
+    "/usr/lib64",
+    "/lib",
+    "/lib64",
+    "/usr/share/zoneinfo",
+    "/etc/localtime",
+    "/dev/urandom",
+    "/etc/ld.so.cache",
+)
+COMPILER_READABLE = ("/usr", "/bin", "/etc/alternatives")
 # A program may read and discard.
 NULL = "/dev/null"
 INODES = 2048
@@ -45,9 +54,15 @@ THREADS = 64
 RESULT_FD = 3
 
 
-def _uid() -> int:
-    """A user that nobody else is: the number of this process, which no other process has."""
-    return 100_000 + os.getpid()
+def _own_user(folder: str) -> int:
+    """A user that nobody else is, made of the number of this process, which no other process has."""
+    for uid in (100_000 + os.getpid(), 10_000 + os.getpid() % 50_000):  # a container may know 65,536 users only
+        try:
+            os.chown(folder, uid, uid)
+            return uid
+        except OSError as error:
+            failed = error
+    raise failed
 
 
 def _confine(request: dict[str, Any], folder: str, applied: set[str]) -> None:
@@ -58,7 +73,7 @@ def _confine(request: dict[str, Any], folder: str, applied: set[str]) -> None:
         memory = max(request["memory_mb"], 1024 if compiles else 0) << 20
         layers.limit_resources(memory + OWN_BYTES, request["timeout_s"] + 1, request["disk_mb"] << 20, processes)
     if "uid" in applied:
-        layers.become(_uid())
+        layers.become(request["uid"])
     layers.gain_nothing()
     if "landlock" in applied:
         readable = [*READABLE, f"{sys.base_prefix}/lib", *(COMPILER_READABLE if compiles else ())]
@@ -70,8 +85,8 @@ def _confine(request: dict[str, Any], folder: str, applied: set[str]) -> None:
 def _run_python(request: dict[str, Any], result: int) -> None:
     """Runs the program and what is asked of it in this very process; writes to `result` what `Sandbox.run` says."""
     sys.argv, sys.path = ["program.py"], [path for path in sys.path if path.startswith(sys.base_prefix)]
-    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, encoding="utf-8", errors="surrogateescape", closefd=False)
-                                         for fd, mode in [(0, "r"), (1, "w"), (2, "w")])  # fmt: skip
+    text = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, **text) for fd, mode in enumerate("rww"))  # noqa: SIM115
     main = types.ModuleType("__main__")
     main.__builtins__ = builtins
     sys.modules["__main__"] = main
@@ -108,7 +123,9 @@ def _child(request: dict[str, Any], folder: str, applied: set[str], streams: lis
         if request["kind"] == "python":
             _run_python(request, RESULT_FD)
         else:
-            os.execve(request["argv"][0], request["argv"], {"PATH": "/usr/bin:/bin", "TMPDIR": folder, "LANG": "C.UTF-8"})
+            os.execve(
+                request["argv"][0], request["argv"], {"PATH": "/usr/bin:/bin", "TMPDIR": folder, "LANG": "C.UTF-8"}
+            )
         code = 0
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
@@ -121,22 +138,24 @@ def _child(request: dict[str, Any], folder: str, applied: set[str], streams: lis
             os._exit(code & 0xFF)
 
 
-def _size(folder: str) -> int:
+def _is_full(folder: str, disk_bytes: int) -> bool:
     total, todo, seen = 0, [folder], 0
-    while todo and seen < 2 * INODES:
+    while todo and seen <= INODES:
         try:
             for entry in os.scandir(todo.pop()):
                 seen += 1
                 status = entry.stat(follow_symlinks=False)
-                total += status.st_blocks * 512 + 512
+                total += status.st_blocks * 512
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(entry.path)
         except OSError:
             continue
-    return total
+    return seen > INODES or total > disk_bytes
 
 
-def _watch(pid: int, request: dict[str, Any], readers: list[int], folder: str, is_bounded: bool) -> tuple[str, list[bytes]]:
+def _watch(
+    pid: int, request: dict[str, Any], readers: list[int], folder: str, is_bounded: bool
+) -> tuple[str, list[bytes]]:
     """Waits until the process is gone, or kills its group; why it was killed, and what it wrote to each reader."""
     texts, reason = [bytearray() for _ in readers], ""
     limits = [request["output_bytes"], request["output_bytes"], request["output_bytes"]]
@@ -162,7 +181,7 @@ def _watch(pid: int, request: dict[str, Any], readers: list[int], folder: str, i
                     selector.unregister(key.fd)
                 if len(texts[key.data]) > limits[key.data]:
                     reason = "output"
-            if not is_bounded and _size(folder) > request["disk_mb"] << 20:
+            if not is_bounded and _is_full(folder, request["disk_mb"] << 20):
                 reason = "disk"
         # The whole group, while its first process is not waited for and its number therefore still taken.
         try:
@@ -233,27 +252,27 @@ def serve(descriptor: int, applied: set[str]) -> None:
             layers.own_mounts()
             layers.mount_memory(folder, 1 << 20, 16)
             layers.unmount(folder)
-        is_bounded = is_root
+        mounts = is_root and "disk" in applied
     except OSError:  # a container without that privilege
-        is_bounded = False
+        mounts = False
     os.chmod(base, 0o711)  # the program's user has to pass through
     gc.freeze()
     messages = connection.makefile("rb")
     try:
         while True:
             request = pickle.load(messages)
-            if is_bounded and not request["keep"]:
+            if mounts and not request["keep"]:
                 layers.mount_memory(folder, request["disk_mb"] << 20, INODES)
             if "uid" in applied:
-                os.chown(folder, _uid(), _uid())
+                request["uid"] = _own_user(folder)
             try:
                 for name, text in request["files"].items():
                     with open(os.path.join(folder, name), "x", encoding="utf-8", errors="surrogateescape") as file:
                         file.write(text)
-                answer = _run(request, folder, applied, is_bounded)
+                answer = _run(request, folder, applied, mounts or "disk" not in applied)
             finally:
                 if not request["hold"]:
-                    layers.unmount(folder) if is_bounded else _empty(folder)
+                    layers.unmount(folder) if mounts else _empty(folder)
             connection.sendall(json.dumps(answer).encode() + b"\n")
     except EOFError:
         pass

@@ -1,4 +1,4 @@
-"""The kernel's means to confine a process that runs a model's program: Landlock, seccomp, rlimits, another user.
+"""The kernel's means to confine a process that runs a model's program: Landlock, seccomp, rlimits, another user, a disk.
 
 None needs a privilege except the other user (which root has). They are applied by the process itself between fork and
 the program; what they take away it cannot take back. Landlock: kernel documentation, userspace-api/landlock; seccomp:
@@ -13,7 +13,7 @@ import resource
 import struct
 from collections.abc import Sequence
 
-ALL = ("landlock", "seccomp", "rlimits", "uid")
+ALL = ("landlock", "seccomp", "rlimits", "uid", "disk")
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
@@ -31,7 +31,7 @@ _TCP_BIND_CONNECT, _ABSTRACT_SOCKETS_SIGNALS = 0b11, 0b11
 
 # Everything that a single-process program does with memory, its files and its clock.
 _ALLOWED = (
-    *range(0, 29), 32, 33, 34, 35, 36, 37, 38, 39, 60, 61, 63, *range(72, 92), 95, 96, 97, 98, 99, 100, 102, 104, 107,
+    *range(29), 32, 33, 34, 35, 36, 37, 38, 39, 60, 61, 63, *range(72, 92), 95, 96, 97, 98, 99, 100, 102, 104, 107,
     108, 110, 111, 115, 118, 120, 121, 124, 127, 128, 130, 131, 132, 137, 138, 143, 145, 158, 160, 186, 201, 202, 204,
     213, 217, 218, 219, 221, 228, 229, 230, 231, 232, 233, 235, 247, 257, 258, *range(262, 272), 273, 274, 277, 280,
     281, 285, 290, 291, 292, 293, 295, 296, 302, 309, 316, 318, 324, 326, 332, 334, 436, 439, 441,
@@ -85,9 +85,8 @@ def restrict_files(readable: Sequence[str], writable: Sequence[str], executable:
                 place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
                 continue
-            if not os.path.isdir(path):
-                rights &= _READ_FILE | _WRITE_FILE | _EXECUTE | _TRUNCATE
-            rule = struct.pack("=Qi", rights & handled, place)
+            of_files = _READ_FILE | _WRITE_FILE | _EXECUTE | _TRUNCATE
+            rule = struct.pack("=Qi", rights & handled & (-1 if os.path.isdir(path) else of_files), place)
             _call("syscall", _LANDLOCK_ADD, ruleset, 1, rule, 0)
             os.close(place)
     _call("syscall", _LANDLOCK_RESTRICT, ruleset, 0)
@@ -108,7 +107,7 @@ def _return(action: int) -> bytes:
 
 def _filter(processes: bool, execute: bool) -> bytes:
     """A seccomp program: what is not on the list is refused with EPERM; threads and signals to oneself are allowed."""
-    number, arch, first, second = 0, 4, 16, 24  # offsets in struct seccomp_data; the low half of an argument
+    number, arch, first = 0, 4, 16  # offsets in struct seccomp_data; of the first argument its low half
     program = [_load(arch), _instruction(0x15, _AUDIT_ARCH, 1, 0), _return(_KILL_PROCESS), _load(number)]
     # The x32 numbers would pass by the list.
     program += [_instruction(0x35, 0x40000000, 0, 1), _return(_KILL_PROCESS)]
@@ -128,7 +127,6 @@ def _filter(processes: bool, execute: bool) -> bytes:
         when(_PRCTL, name_of_thread)
     own = [_load(first), _instruction(0x15, 0, 2, 0), _instruction(0x15, os.getpid(), 1, 0)]
     when(_PRLIMIT, [*own, _return(_ERRNO | _EPERM), _return(_ALLOW)])
-    del second
     for call in sorted({*_ALLOWED, *(_PROCESSES if processes else ()), *((_EXECVE,) if execute else ())}):
         program += [_instruction(0x15, call, 0, 1), _return(_ALLOW)]
     return b"".join([*program, _return(_ERRNO | _EPERM)])
