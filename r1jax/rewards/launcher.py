@@ -7,13 +7,13 @@ safe and tells the program nothing; expected results never come here, except for
 
 import base64
 import builtins
+import contextlib
 import gc
 import importlib
 import json
 import os
 import pickle
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,9 +28,13 @@ from r1jax.rewards import layers
 
 # Imported once here, so that no program waits for them, and that a Python below /root can be used by another user.
 PRELOADED = (
-    "abc array bisect calendar cmath collections contextlib copy ctypes dataclasses datetime decimal enum fractions"
-    " functools hashlib heapq io itertools json math numbers operator queue random re secrets statistics string struct"
-    " sys textwrap threading time types typing unicodedata"
+    "abc argparse array ast asyncio base64 binascii bisect calendar cmath codecs collections concurrent.futures"
+    " contextlib contextvars copy csv ctypes dataclasses datetime decimal difflib doctest encodings.ascii"
+    " encodings.idna encodings.latin_1 encodings.unicode_escape encodings.utf_16 encodings.utf_32 enum fileinput"
+    " fnmatch fractions functools getopt glob graphlib hashlib heapq hmac html inspect io ipaddress itertools json"
+    " locale logging math multiprocessing numbers operator pathlib pickle pprint queue random re reprlib resource"
+    " secrets select shlex shutil signal statistics string struct subprocess sys tempfile textwrap threading time"
+    " timeit traceback types typing unicodedata unittest urllib.parse uuid weakref zlib zoneinfo"
 ).split()
 READABLE = (
     "/usr/lib",
@@ -225,15 +229,13 @@ def _run(request: dict[str, Any], folder: str, applied: set[str], is_bounded: bo
     }
 
 
-def _empty(folder: str) -> None:
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            os.unlink(entry.path)
-    if os.listdir(folder):  # deeper than Python's own recursion goes
-        subprocess.run(["rm", "-rf", folder], check=True)
-        os.mkdir(folder, 0o700)
+def _clear(folder: str, uid: int | None) -> None:
+    """Deletes what is in the folder: as the program's user, and in no file system but the folder's own."""
+    if not os.listdir(folder):
+        return
+    user = {"user": uid, "group": uid, "extra_groups": []} if uid is not None else {}
+    for command in (["chmod", "-R", "u+rwx", folder], ["find", folder, "-xdev", "-mindepth", "1", "-delete"]):
+        subprocess.run(command, check=False, stderr=subprocess.DEVNULL, cwd=folder, **user)
 
 
 def serve(descriptor: int, applied: set[str]) -> None:
@@ -263,8 +265,7 @@ def serve(descriptor: int, applied: set[str]) -> None:
             request = pickle.load(messages)
             if mounts and not request["keep"]:
                 layers.mount_memory(folder, request["disk_mb"] << 20, INODES)
-            if "uid" in applied:
-                request["uid"] = _own_user(folder)
+            uid = request["uid"] = _own_user(folder) if "uid" in applied else None
             try:
                 for name, text in request["files"].items():
                     with open(os.path.join(folder, name), "x", encoding="utf-8", errors="surrogateescape") as file:
@@ -272,10 +273,12 @@ def serve(descriptor: int, applied: set[str]) -> None:
                 answer = _run(request, folder, applied, mounts or "disk" not in applied)
             finally:
                 if not request["hold"]:
-                    layers.unmount(folder) if mounts else _empty(folder)
+                    layers.unmount(folder) if mounts else _clear(folder, uid)
             connection.sendall(json.dumps(answer).encode() + b"\n")
     except EOFError:
         pass
     finally:
-        shutil.rmtree(base, ignore_errors=True)
+        for empty in (folder, base):
+            with contextlib.suppress(OSError):
+                os.rmdir(empty)
         os._exit(0)

@@ -1,4 +1,4 @@
-"""The kernel's means to confine a process that runs a model's program: Landlock, seccomp, rlimits, another user, a disk.
+"""The kernel's means to confine a process that runs a model's program: Landlock, seccomp, rlimits, a user, a disk.
 
 None needs a privilege except the other user (which root has). They are applied by the process itself between fork and
 the program; what they take away it cannot take back. Landlock: kernel documentation, userspace-api/landlock; seccomp:

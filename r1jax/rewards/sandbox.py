@@ -2,8 +2,9 @@
 
 The layers are those of `layers`: Landlock (files, TCP), seccomp (no network, no new processes), rlimits, and where the
 caller is root a user per launcher that owns nothing and a file system in memory of limited size; without root the
-launcher looks at the size of the folder. It bounds time and output as well and kills the whole process group. A machine that lacks a layer is refused unless the caller
-accepts that. The threats are a policy that looks for a loophole and a program that runs wild, not a kernel exploit.
+launcher looks at the size of the folder. It bounds time and output as well and kills the whole process group. A machine
+that lacks a layer is refused unless the caller accepts that. The threats are a policy that looks for a loophole and a
+program that runs wild, not a kernel exploit.
 """
 
 import base64
