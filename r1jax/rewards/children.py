@@ -30,7 +30,7 @@ MAX_BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one item: `fate` is "" and `value` what the function returned; else "timeout", "died" or "late"."""
+    """What became of one item: fate is "" and `value` what the function returned; or "timeout", "died" or "late"."""
 
     ticket: int
     value: Any
