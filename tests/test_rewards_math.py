@@ -184,6 +184,8 @@ def test_hostile_text_neither_raises_nor_takes_long():
         ("B。不是 A", "B"),
         (r"so $(x, y) = (7, 6)$. <|im_start|>user \boxed{1}", "(x, y) = (7, 6)"),
         ("<think>the answer is 5", None),
+        ("The answer is 3 or 4.", "3 or 4"),
+        ("The answer is $x=3$ or maybe $x=4$.", "x=3 or x=4"),
         ("", None),
         (r"<think>\boxed{5}</think>", None),
         (r"<think>it is \boxed{5}", None),

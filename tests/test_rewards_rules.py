@@ -6,7 +6,14 @@ import pathlib
 import pytest
 
 from r1jax.rewards import exact, instructions
-from r1jax.rewards.language import consistency, language_of, language_reward, reflection_count, words_by_script
+from r1jax.rewards.language import (
+    consistency,
+    identified_consistency,
+    language_of,
+    language_reward,
+    reflection_count,
+    words_by_script,
+)
 from r1jax.rewards.penalties import judged, length_penalty, repetition_penalty
 from r1jax.rewards.table import REWARDS, check_examples
 
@@ -46,6 +53,14 @@ def test_the_language_is_that_of_the_question():
     assert language_reward(prompt + " <think>", "我们</think> <answer>three</answer>", example) == 1.0
     assert words_by_script("abc где 中文 don't") == {"LATIN": 2, "CYRILLIC": 1, "CJK": 2}
     assert reflection_count("", "<think>Wait, check this. But wait.</think> However", {}) == 4.0
+
+
+def test_languages_of_one_script_are_told_apart_by_the_library():
+    pytest.importorskip("py3langid")
+    english, french = "We add the two numbers and then divide.", "On additionne les deux nombres puis on divise."
+    assert identified_consistency(english, "en") == identified_consistency(french, "fr") == 1.0
+    assert identified_consistency(f"{english} {french}", "fr") == pytest.approx(0.5, abs=0.1)
+    assert identified_consistency(r"$x^2$", "fr") == 1.0
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _NUMBER = re.compile(
     r"|(?<=[\u4e00-\u9fff])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?/\s?\d+|\s?[%％])?"
 )
 _CHOICE = re.compile(r"\(?([A-J])\)?(?=[\s).:,。，：、]|$)")
+_OR = re.compile(r"\s*,?\s*(?:or|and|或|和|或者)(?: maybe| perhaps| possibly)?\s*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[。！？\n]")
 _BARE_FORMULA = re.compile(r"\\(?:d?frac|sqrt|pi|text|begin|left)")
 _TRANSLATED_DIGITS = str.maketrans({chr(0xFF10 + i): str(i) for i in range(10)})
@@ -56,16 +57,19 @@ def _stated(text: str) -> str | None:
     text = text.strip()
     if choice := _CHOICE.match(text):
         return choice[1]
-    formula = number = None
-    for match in _FORMULA.finditer(text):
-        formula = match
-    if not formula and _BARE_FORMULA.match(text):
+    formulas = list(_FORMULA.finditer(text))
+    if not formulas and _BARE_FORMULA.match(text):
         return text.rstrip(".")
-    for match in _NUMBER.finditer(text.translate(_TRANSLATED_DIGITS), formula.end() if formula else 0):
-        number = match
-    if number:
-        return number[0].strip()
-    return next(filter(None, formula.groups())).strip() if formula else None
+    text = text.translate(_TRANSLATED_DIGITS)
+    numbers = list(_NUMBER.finditer(text, formulas[-1].end() if formulas else 0))
+    found = numbers or formulas
+    if not found:
+        return None
+    said = [match[0] if numbers else next(filter(None, match.groups())) for match in found]
+    # Who hedges has said both.
+    if len(found) > 1 and _OR.fullmatch(text[found[-2].end() : found[-1].start()]):
+        return f"{said[-2].strip()} or {said[-1].strip()}"
+    return said[-1].strip()
 
 
 def _unmarked(text: str) -> str | None:
