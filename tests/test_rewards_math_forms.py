@@ -171,6 +171,10 @@ p - q | -q+p
 3x^2 \text{ for } x>0 | 3x^2 \text{ for } x>0
 10 \text{ inches} | 10 \text{ inch}
 6 \text{ ft} | 6 \text{ feet}
+36 \text{ cm}^2 | 36 \text{ square cm}
+36 \text{ cm}^2 | 36 cm^2
+C | \text{option C}
+5 | \text{the answer is } 5
 """
 DIFFERENT = r"""
 5 | 6
@@ -198,6 +202,8 @@ x=3 | x=-3
 y=2x | y=3x
 x^2+1 | x^2-1
 5 \text{ cm} | 5 \text{ m}
+36 \text{ cm}^2 | 36 \text{ cm}
+36 \text{ cubic feet} | 36 \text{ square feet}
 \$5 | 5\%
 52_8 | 52_9
 A | B

@@ -62,6 +62,7 @@ _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d)
 _SUPER_SUB = re.compile(r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)")
 _LONE_BRACES = re.compile(r"(?<=[_^])\{(\w)\}")
 _OPTION = re.compile(r"\(([A-Za-z])\)|([A-Z])[).:]")
+_LEAD = re.compile(r"\s*(?:the\s+)?(?:final\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+(?=\S)", re.IGNORECASE)
 _NOTHING = re.compile(r"(?i)no(?:\s+real)?\s+solutions?|(?:the\s+)?empty\s+set|\\emptyset|⦃⦄|none")
 _EVERYTHING = re.compile(r"(?i)all\s+real(?:s|\s+numbers)?|\\mathbb\{?R\}?|R")
 
@@ -144,7 +145,7 @@ def read(text: str) -> Reading:
     if "\\overline" in text or "\\bar" in text or "\\dot" in text:
         text = _REPEATING.sub(_repeating, text)
     # A space stays where it separates: "1 1/2" is not 11/2.
-    text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"\s+", " ", text)).strip()
+    text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"\s+", " ", _LEAD.sub("", text))).strip()
     if "_" in text:
         text = _LONE_BRACES.sub(r"\1", _SUPER_SUB.sub(r"_\2^\1", text))
         if base := _BASE.fullmatch(text):
@@ -185,7 +186,7 @@ def _without_unit(text: str, unit: str) -> tuple[str, str]:
         for word, factor in MULTIPLIERS.items():
             if words == word or words.startswith(word + " "):
                 return f"({match[1]})*{factor}", unit
-        if words and (found := text_unit(words)):
+        if words and (found := text_unit(words, match[3])):
             return match[1], found
     if match := bare_unit(text):
         body, word = match

@@ -38,7 +38,7 @@ _MULTIPLIER = "|".join(MULTIPLIERS)
 _BARE = re.compile(
     r"(.*[\d.)}}])\s*(?:"
     rf"(?P<times>{_MULTIPLIER})"
-    rf"|(?P<word>{_QUALIFIED}|(?:per|a|an|/)\s*[a-z]{{1,12}}|{_HAN})\s*(?:\^\s*\{{?[23]\}}?)?"
+    rf"|(?P<word>{_QUALIFIED}|(?:per|a|an|/)\s*[a-z]{{1,12}}|{_HAN})\s*(?P<power>\^\s*\{{?[23]\}}?)?"
     rf"|(?P<symbol>(?<=\s)(?:{'|'.join(_SYMBOLS)})(?:\s*\^\s*\{{?[23]\}}?)?|(?:{'|'.join(_SYMBOLS)})\s*\^\s*\{{?[23]\}}?))",
     re.DOTALL | re.IGNORECASE,
 )
@@ -49,17 +49,22 @@ _NO_UNIT = re.compile(
 )
 
 
-def singular(words: str) -> str:
-    """A unit without its plural s and its qualifier's spelling; "%" for per cent."""
+def singular(words: str, exponent: str | None = None) -> str:
+    """A unit in one spelling: no plural s, "cm^2" for square cm, "%" for per cent."""
     words = re.sub(r"\s+", " ", words.strip().lower().rstrip("."))
     if words in ("percent", "pct"):
         return "%"
-    return {"feet": "foot", "ft": "foot", "inche": "inch"}.get(cut := re.sub(r"(?<=\w\w)s$", "", words), cut)
+    raised = re.search(r"[23]", exponent or "")
+    if qualified := re.fullmatch(r"(square|sq\.?|cubic|cu\.?) (.+)", words):
+        words = qualified[2]
+    unit = {"feet": "foot", "ft": "foot", "inche": "inch"}.get(cut := re.sub(r"(?<=\w\w)s$", "", words), cut)
+    power = raised[0] if raised else {"s": "2", "c": "3"}[qualified[1][0]] if qualified else ""
+    return f"{unit}^{power}" if power else unit
 
 
-def text_unit(words: str) -> str:
+def text_unit(words: str, exponent: str | None) -> str:
     """The unit that the words of a text command are, "" if they are none."""
-    return "" if _NO_UNIT.search(words) else singular(words)
+    return "" if _NO_UNIT.search(words) else singular(words, exponent)
 
 
 def bare_unit(text: str) -> tuple[str, str] | None:
@@ -69,4 +74,5 @@ def bare_unit(text: str) -> tuple[str, str] | None:
         return None
     if match["times"]:
         return match[1], match["times"].lower()
-    return match[1], singular(match["word"] or match["symbol"])
+    word, _, exponent = (match["word"] or match["symbol"]).partition("^")
+    return match[1], singular(word, exponent or match["power"])
