@@ -56,6 +56,7 @@ setup(
     extras_require={
         "test": TEST,
         "gym": ["reasoning-gym>=0.1.20"],  # not in [test]: one of its dependencies needs a C compiler to install
+        "eval": ["py3langid>=0.3"],  # the language of texts in one script
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
     },

@@ -45,6 +45,9 @@ def get_config() -> ConfigDict:
             "grading": {
                 "workers": 1,  # processes; 0 grades in the trainer itself, unprotected
                 "timeout_s": 10.0,  # per completion
+                "batch_timeout_s": 600.0,  # for what is left to grade when the last completion is there
+                # Layers that the sandbox of programs may lack: landlock, seccomp, ...; else it refuses to run them.
+                "sandbox_accepts": (),
             },
             "sampler": {
                 "slots": 512,  # completions decoded side by side

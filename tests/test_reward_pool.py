@@ -217,3 +217,22 @@ def test_processes_that_cannot_start_are_an_error_and_not_a_loop(tmp_path, monke
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start"):
         KillablePool("r1jax.rewards.math:pair_grader", (), 1, 1.0)
+
+
+def test_a_batch_ends_in_time_and_the_pool_goes_on(user_file):
+    with RewardPool({"act": 1.0}, 2, 60.0, {"act": f"{user_file}:act"}, batch_timeout_s=3.0) as pool:
+        for ticket, name in enumerate(["fine", "hang", "hang", "fine"]):
+            pool.submit(ticket, "", name, {})
+        start_s = time.monotonic()
+        graded = pool.drain()
+        assert time.monotonic() - start_s < 30.0
+        assert [g.ticket for g in graded] == [0, 1, 2, 3]
+        assert graded[1].flags == graded[2].flags == ("late",) and graded[1].reward == 0.0
+        pool._batch_timeout_s = 120.0
+        pool.submit(9, "", "boolean", {})
+        assert [g.reward for g in pool.drain()] == [1.0]
+
+
+def test_layers_that_may_be_missing_are_named_at_once():
+    with pytest.raises(ValueError, match="config.grading.sandbox_accepts has 'selinux'"):
+        RewardPool(WEIGHTS, 0, 1.0, sandbox_accepts=("selinux",))

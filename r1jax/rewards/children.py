@@ -30,7 +30,7 @@ MAX_BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one item: `fate` is "" and `value` what the function returned, or fate is "timeout" or "died"."""
+    """What became of one item: fate is "" and `value` what the function returned; or "timeout", "died" or "late"."""
 
     ticket: int
     value: Any
@@ -95,11 +95,27 @@ class KillablePool:
         self._advance(0.0)
         return self._take()
 
-    def drain(self) -> list[Outcome]:
-        """Waits until every submitted item is answered or lost, then as `poll`."""
+    def drain(self, limit_s: float = math.inf) -> list[Outcome]:
+        """Waits until every submitted item is answered or lost, then as `poll`.
+
+        What is not answered after `limit_s` of waiting is lost with the fate "late", and its children are replaced.
+        """
+        end_s = time.monotonic() + limit_s
         while self._payloads:
-            self._advance(self._until_deadline_s())
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                self._give_up()
+                break
+            self._advance(min(self._until_deadline_s(), left_s))
         return self._take()
+
+    def _give_up(self) -> None:
+        for child in [child for child in self._children if child.batch]:
+            self._kill(child)
+            self._start()
+        self._queue.clear()
+        for ticket in list(self._payloads):
+            self._finish(Outcome(ticket, None, "late", 0.0))
 
     def close(self) -> None:
         """Kills the children; what they have not answered is forgotten."""

@@ -1,8 +1,13 @@
-"""Grades the final answer of a mathematical completion against a reference.
+r"""Grades the final answer of a mathematical completion against a reference.
 
-R1's accuracy reward for mathematics: the final answer stands in a box (DeepSeek-R1, arXiv 2501.12948, section 2.2) or
-in `<answer>` tags and is compared by rule: as text, item by item where it is a tuple, set or list, and by value. What
-cannot be decided counts as different: a false accept teaches the policy a trick, a false reject only costs a sample.
+R1's accuracy reward for mathematics (DeepSeek-R1, arXiv 2501.12948, section 2.2): answers are compared by rule, as
+text, part by part where they are tuples, sets or lists, and by value. What cannot be decided counts as different: a
+false accept teaches the policy a trick, a false reject only costs a sample.
+
+What is equal: numbers of the same value however written (3.5, 7/2, 3\frac12, 350%), expressions that agree at random
+points, lists and sets in any order, inequalities and the intervals they mean, equations up to a factor, an answer with
+and without its name ("x = 5"), unit or number base. What is not: rounded numbers, tuples in another order, brackets
+of another kind, another unit or base, a solved and an unsolved equation.
 """
 
 import functools
@@ -13,52 +18,39 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from r1jax.rewards.calculator import MP, Unreadable, Value, evaluate
+from r1jax.rewards import relations
+from r1jax.rewards.calculator import CONSTANTS, MP, Unreadable, Value
 from r1jax.rewards.children import KillablePool
-from r1jax.rewards.form import after_thinking, answer_span
-from r1jax.rewards.latex import Reading, items, read
+from r1jax.rewards.expression import evaluate
+from r1jax.rewards.final_answer import extract_answer
+from r1jax.rewards.latex import Reading, read
+from r1jax.rewards.structure import Parts, parts
+
+__all__ = ["answer", "canonical", "check_example", "equivalent", "extract_answer", "grade", "grade_many"]
 
 # Longer answers are only compared as text.
-MAX_CHARACTERS = 400
-MAX_NESTING = 2
+MAX_CHARACTERS = 800
+MAX_NESTING = 3
+MAX_PARTS = 40
 # Letters are tried at this many random rational points: an identity holds at all, anything else fails at nearly all.
 POINTS = 3
 # Of the 60 digits that the calculator carries; the rest is left to its rounding.
 TRUSTED_DIGITS = 45
+# gcd and lcm of letters are those of different primes; factorials want small whole numbers.
+_PRIMES = [p for p in range(1009, 4000) if all(p % d for d in range(2, 64))]
+_OF_WHOLE = re.compile(r"!|binom")
+_OF_PRIMES = re.compile(r"gcd|lcm")
+_LETTER = re.compile("[A-Za-z]")
+_OPTION = re.compile(r"\(?([A-J])[).:](.+)", re.DOTALL)
 
-_NAMED = re.compile(r"([A-Za-z])\s*=\s*([^=]+)", re.DOTALL)
-_BRACES = re.compile(r"(\\f?boxed\s*\{)|\\.|\{|\}", re.DOTALL)
 Values = tuple[Value, ...] | None
-
-
-def extract_answer(completion: str) -> str | None:
-    r"""The last \boxed{...} or `<answer>` text behind the thinking, None without any.
-
-    A box inside the tags wins over the tags; a box or block that is not closed is none.
-    """
-    text = after_thinking(completion)
-    span = answer_span(text)
-    unclosed: list[int | None] = []
-    box: tuple[int, int] | None = None
-    for match in _BRACES.finditer(text):
-        if match[1] or match[0] == "{":
-            unclosed.append(match.end() if match[1] else None)
-        elif match[0] == "}" and unclosed and (start := unclosed.pop()) and (box is None or start > box[0]):
-            box = (start, match.start())
-    if box and (not span or box[0] > span[0]):
-        span = box
-    return text[slice(*span)].strip() if span else None
 
 
 def _fold(body: str) -> str:
     """Case matters in a letter (a variable, a label) and in a command, not in a word."""
-    return body.casefold() if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", body) else body
-
-
-def _unnamed(body: str) -> tuple[str, str]:
-    """The name and the rest of "x = 5"; the name is "" where there is none."""
-    match = _NAMED.fullmatch(body)
-    return (match[1], match[2].strip()) if match else ("", body)
+    if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", body):
+        return re.sub(r"[\s.\-]+", "", body.casefold())
+    return re.sub(r"\s+", "", body) if "\\" in body else body
 
 
 def _no_letter(name: str) -> Fraction:
@@ -75,19 +67,24 @@ def _exact(body: str) -> Fraction | None:
 
 
 def _letter(seed: str, point: int, name: str) -> Fraction:
+    draw = random.Random(f"{point}{name}{seed}")
+    if _OF_PRIMES.search(seed):
+        return Fraction(draw.choice(_PRIMES))
+    if _OF_WHOLE.search(seed):
+        return Fraction(draw.randint(2, 30))
     # Small, so that a high power stays within the calculator's bounds.
-    return Fraction(random.Random(f"{point}{name}{seed}").randint(-3000, 3000), 997)
+    return Fraction(draw.randint(-3000, 3000), 997)
 
 
 @functools.lru_cache(maxsize=256)  # the items of two sets are compared each with each
-def _values(seed: str, body: str) -> Values:
+def _values(seed: str, body: str, log_base: Value) -> Values:
     """The values of `body` at POINTS random points that follow from `seed`, None if it has none.
 
     The seed is made of both answers, so that no answer can be written for points known beforehand.
     """
-    points = range(POINTS) if re.search("[A-Za-z]", body) else [0]
+    points = range(POINTS) if _LETTER.search(body) else [0]
     try:
-        found = [evaluate(body, functools.partial(_letter, seed, point)) for point in points]
+        found = [evaluate(body, functools.partial(_letter, seed, point), log_base) for point in points]
     except Unreadable:
         return None
     return tuple(found) * (POINTS // len(found))
@@ -97,8 +94,7 @@ def _close(left: Value, right: Value) -> bool:
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
     left, right = MP.convert(left), MP.convert(right)
-    tolerance = MP.mpf(10) ** -TRUSTED_DIGITS
-    return abs(left - right) <= tolerance * max(abs(left), abs(right), tolerance)
+    return abs(left - right) <= MP.mpf(10) ** -TRUSTED_DIGITS * max(abs(left), abs(right), MP.mpf(10) ** -8)
 
 
 def _is_printed_double(body: str) -> bool:
@@ -106,62 +102,114 @@ def _is_printed_double(body: str) -> bool:
     return bool(re.fullmatch(r"-?\d*\.\d+", body)) and len(body.lstrip("-0.").replace(".", "")) in (16, 17)
 
 
+def _same_value(gold: str, answer: str, seed: str) -> bool:
+    # A bare \log is the natural or the decimal one; the two sides have to mean the same.
+    bases = [CONSTANTS["e"], Fraction(10)] if "log" in seed else [CONSTANTS["e"]]
+    for base in bases:
+        gold_values, answer_values = _values(seed, gold, base), _values(seed, answer, base)
+        if gold_values is None or answer_values is None:
+            return False
+        if _is_printed_double(gold) or _is_printed_double(answer):
+            same = all(
+                isinstance(g, Fraction) and isinstance(a, Fraction) and float(g) == float(a)
+                for g, a in zip(gold_values, answer_values, strict=True)
+            )
+        else:
+            same = all(map(_close, gold_values, answer_values))
+        if same:
+            return True
+    return False
+
+
+def _same_relation(gold: relations.Relation, answer: relations.Relation, seed: str) -> bool:
+    """Equal if left minus right of the one is a constant times that of the other, of the right sign."""
+    if relations.is_solved(gold) != relations.is_solved(answer):
+        return False
+    mirrored = answer.sign.translate(str.maketrans("<>≤≥", "><≥≤"))
+    if gold.sign not in (answer.sign, mirrored):
+        return False
+    differences = [f"({side.left})-({side.right})" for side in (gold, answer)]
+    gold_values, answer_values = (_values(seed, difference, CONSTANTS["e"]) for difference in differences)
+    if not gold_values or not answer_values or 0 in gold_values or 0 in answer_values:
+        return False
+    ratios = [g / a for g, a in zip(gold_values, answer_values, strict=True)]
+    if not all(_close(ratio, ratios[0]) for ratio in ratios[1:]):
+        return False
+    ratio = ratios[0] if isinstance(ratios[0], Fraction) else MP.mpc(ratios[0]).real
+    return gold.sign in "=≠≡≈" or (gold.sign == answer.sign) == (ratio > 0)
+
+
 def _same(gold: str, answer: str, seed: str, nesting: int = 0) -> bool:
     if _fold(gold) == _fold(answer):
         return True
-    (gold_name, gold), (answer_name, answer) = _unnamed(gold), _unnamed(answer)
-    if gold_name and answer_name and gold_name != answer_name:
+    gold_interval, answer_interval = relations.intervals(gold), relations.intervals(answer)
+    if gold_interval and answer_interval and gold_interval[0] != answer_interval[0]:
         return False
-    gold_items, answer_items = items(gold), items(answer)
-    if gold_items or answer_items:
-        if nesting == MAX_NESTING or not gold_items or not answer_items or gold_items[0] != answer_items[0]:
+    gold, answer = (found[1] if found else body for found, body in [(gold_interval, gold), (answer_interval, answer)])
+    gold_relation, answer_relation = relations.relation(gold), relations.relation(answer)
+    if gold_relation and answer_relation and _same_relation(gold_relation, answer_relation, seed):
+        return True
+    equal = functools.partial(_same_value, seed=seed)
+    (gold_name, gold), (answer_name, answer) = relations.unnamed(gold, equal), relations.unnamed(answer, equal)
+    if gold_name and answer_name and _fold(gold_name) != _fold(answer_name):
+        return False
+    gold_relation, answer_relation = relations.relation(gold), relations.relation(answer)
+    if gold_relation or answer_relation:
+        return bool(gold_relation and answer_relation) and _same_relation(gold_relation, answer_relation, seed)
+    gold_parts, answer_parts = parts(gold), parts(answer)
+    if gold_parts or answer_parts:
+        gold_parts, answer_parts = gold_parts or Parts("", [gold]), answer_parts or Parts("", [answer])
+        if nesting == MAX_NESTING or gold_parts.kind != answer_parts.kind:
             return False
-        same = functools.partial(_same, seed=seed, nesting=nesting + 1)
-        return _same_items(*gold_items, answer_items[1], same)
-    gold_values, answer_values = _values(seed, gold), _values(seed, answer)
-    if gold_values is None or answer_values is None:
-        return False
-    if _is_printed_double(gold) or _is_printed_double(answer):
-        return all(
-            isinstance(g, Fraction) and isinstance(a, Fraction) and float(g) == float(a)
-            for g, a in zip(gold_values, answer_values, strict=True)
+        same = functools.partial(_same_part, nesting=nesting + 1)
+        return _same_parts(gold_parts, answer_parts, same)
+    return _fold(gold) == _fold(answer) or _same_value(gold, answer, seed)
+
+
+def _same_part(gold: str, answer: str, nesting: int) -> bool:
+    return gold == answer or _same_readings(read(gold), read(answer), nesting)
+
+
+def _same_parts(gold: Parts, answer: Parts, same: Callable[[str, str], bool]) -> bool:
+    if max(len(gold.items), len(answer.items)) > MAX_PARTS:
+        return gold.items == answer.items
+    if gold.kind not in ("", "∪"):
+        return len(gold.items) == len(answer.items) and all(map(same, gold.items, answer.items))
+    if gold.distinct or answer.distinct:
+        return all(any(same(g, a) for a in answer.items) for g in gold.items) and all(
+            any(same(g, a) for g in gold.items) for a in answer.items
         )
-    return all(map(_close, gold_values, answer_values))
-
-
-def _same_items(brackets: str, gold: list[str], answer: list[str], same: Callable[[str, str], bool]) -> bool:
-    if len(gold) != len(answer):
-        return False
-    if brackets:
-        return all(map(same, gold, answer))
-    remaining = list(answer)
-    for item in gold:
+    remaining = list(answer.items)
+    for item in gold.items:
         match = next((i for i, other in enumerate(remaining) if same(item, other)), None)
         if match is None:
             return False
         del remaining[match]
-    return True
+    return not remaining
 
 
-def _same_readings(gold: Reading, answer: Reading) -> bool:
+def _same_option(gold: str, answer: str) -> bool:
+    """True if one is a letter of multiple choice and the other that letter with its text, as in "(B) 12"."""
+    letter, longer = sorted([gold, answer], key=len)
+    match = _OPTION.fullmatch(longer) if len(letter) == 1 else None
+    return bool(match) and match[1] == letter and not re.search(r"\b[A-J]\b", match[2])
+
+
+def _same_readings(gold: Reading, answer: Reading, nesting: int = 0) -> bool:
     if not (gold.body and answer.body) or (gold.unit and answer.unit and gold.unit != answer.unit):
         return False
     seed = f"{gold.body}\0{answer.body}"
-    if _same(gold.body, answer.body, seed):
+    if _same(gold.body, answer.body, seed, nesting) or _same_option(gold.body, answer.body):
         return True
     if (gold.unit == "%") == (answer.unit == "%"):
         return False
     # 28% may be given as 28, its unit being understood, or as 0.28.
     percentage, plain = (gold, answer) if gold.unit == "%" else (answer, gold)
-    return _same(f"({percentage.body})/100", plain.body, seed)
+    return _same(f"({percentage.body})/100", plain.body, seed, nesting)
 
 
 def equivalent(gold: str, answer: str) -> bool:
-    r"""True if `answer` says the same as the reference `gold`; never raises, never runs long.
-
-    Numbers are equal in value (3.5, 7/2, \frac72, 3\frac12), not when rounded; lists and sets in any order; units may
-    be left out but must not differ; 28% equals 28 and 0.28.
-    """
+    r"""True if `answer` says the same as the reference `gold`, as the module says; never raises, never runs long."""
     if gold.strip() == answer.strip():
         return True
     if max(len(gold), len(answer)) > MAX_CHARACTERS:
@@ -176,11 +224,19 @@ def canonical(answer: str) -> str:
     """One spelling for the answers that a majority vote should count as one; units are left out."""
     if len(answer) > MAX_CHARACTERS:
         return answer
-    _, body = _unnamed(read(answer).body)
-    if found := items(body):
-        brackets, parts = found
-        forms = [canonical(part) for part in parts]
-        return brackets[:1] + ",".join(forms if brackets else sorted(forms)) + brackets[1:]
+    return _canonical(answer, 0)
+
+
+def _canonical(answer: str, nesting: int) -> str:
+    body = read(answer).body
+    if found := relations.intervals(body):
+        body = found[1]
+    _, body = relations.unnamed(body, lambda one, other: _exact(one) is not None and _exact(one) == _exact(other))
+    if nesting < MAX_NESTING and (found := parts(body)):
+        forms = [_canonical(part, nesting + 1) for part in found.items]
+        if found.kind in ("", "∪"):
+            forms = sorted(set(forms) if found.distinct else forms)
+        return found.kind[:1] + (found.kind if found.kind == "∪" else ",").join(forms) + found.kind[1:]
     value = _exact(body)
     return _fold(body) if value is None else str(value)
 

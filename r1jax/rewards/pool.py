@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from r1jax.rewards import code
 from r1jax.rewards.children import KillablePool, Outcome
 from r1jax.rewards.table import canonical_answer, resolve
 
@@ -27,7 +28,8 @@ class Graded:
     rewards are not weighted, `reward` is their weighted sum. answer is what a majority vote counts, None if there is
     none or the example's grader is unknown. flags: "error:NAME" or "nan:NAME" for a reward that raised or did not
     return a finite number and counts 0.0 ("error:answer" if the answer could not be had); "timeout" or "died" for an
-    item whose process was lost, all of whose rewards are 0.0. seconds: wall time of grading this item.
+    item whose process was lost, "late" for one whose batch took too long, all of whose rewards are 0.0. seconds: wall
+    time of grading this item.
     """
 
     ticket: int
@@ -49,11 +51,12 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def item_grader(sources: dict[str, str]) -> Callable[[Item], tuple]:
+def item_grader(sources: dict[str, str], sandbox_accepts: tuple[str, ...] = ()) -> Callable[[Item], tuple]:
     """A function from an item to its rewards by name, canonical answer, flags, and the tracebacks of flags new to it.
 
     sources: where `resolve` finds each reward. A child process makes its own of it.
     """
+    code.accept_missing(sandbox_accepts)
     functions = {name: resolve(source) for name, source in sources.items()}
     seen: set[str] = set()
 
@@ -89,6 +92,8 @@ class RewardPool:
     workers: number of processes. 0 grades inside `submit`, for debugging: nothing then stops a reward that hangs.
     timeout_s: for all rewards of one completion together; wall time.
     paths: where rewards of the user's own names are, as "package.module:function" or "path/to/file.py:function".
+    batch_timeout_s: how long `drain` waits for all that is submitted.
+    sandbox_accepts: layers of the sandbox that this machine may lack; without them programs are not run.
 
     What a reward prints is discarded. To be used from one thread.
 
@@ -98,7 +103,13 @@ class RewardPool:
     """
 
     def __init__(
-        self, rewards: Mapping[str, float], workers: int, timeout_s: float, paths: Mapping[str, str] | None = None
+        self,
+        rewards: Mapping[str, float],
+        workers: int,
+        timeout_s: float,
+        paths: Mapping[str, str] | None = None,
+        batch_timeout_s: float = math.inf,
+        sandbox_accepts: tuple[str, ...] = (),
     ) -> None:
         if not rewards:
             raise ValueError("config.rewards is empty: name at least one reward and its weight, such as accuracy=1.0")
@@ -107,19 +118,21 @@ class RewardPool:
                 raise ValueError(f"the weight of {name!r} in config.rewards is {weight!r}, wanted a finite number")
         if unused := sorted((paths or {}).keys() - rewards.keys()):
             raise ValueError(f"config.reward_paths has {unused[0]!r}, which config.rewards gives no weight")
-        if workers < 0 or not 0 < timeout_s < math.inf:
+        if workers < 0 or not 0 < timeout_s < math.inf or not batch_timeout_s > 0:
             raise ValueError(
-                f"grading needs workers >= 0 and a finite timeout_s > 0, but workers={workers}, timeout_s={timeout_s}"
+                "grading needs workers >= 0, a finite timeout_s > 0 and batch_timeout_s > 0, but "
+                f"workers={workers}, timeout_s={timeout_s}, batch_timeout_s={batch_timeout_s}"
             )
+        self._batch_timeout_s = batch_timeout_s
         self._weights = dict(rewards)
         sources = {name: (paths or {}).get(name, name) for name in rewards}
         # Also where children grade: a mistake in the config is found here, in the process that the user looks at.
-        self._grade = item_grader(sources)
+        self._grade = item_grader(sources, sandbox_accepts)
         self._inline: list[Outcome] = []
         self._logged: set[str] = set()
         self._pool = None
         if workers:
-            self._pool = KillablePool("r1jax.rewards.pool:item_grader", (sources,), workers, timeout_s)
+            self._pool = KillablePool("r1jax.rewards.pool:item_grader", (sources, sandbox_accepts), workers, timeout_s)
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -143,7 +156,7 @@ class RewardPool:
 
     def drain(self) -> list[Graded]:
         """Waits until everything submitted is graded or lost, then as `poll`."""
-        return list(map(self._graded, self._pool.drain() if self._pool else self._take_inline()))
+        return list(map(self._graded, self._pool.drain(self._batch_timeout_s) if self._pool else self._take_inline()))
 
     def close(self) -> None:
         """Kills the processes; what is not graded yet is forgotten."""

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from r1jax.rewards import countdown, math
+from r1jax.rewards import code, countdown, exact, instructions, math
 from r1jax.rewards.form import format_reward, with_forced_thought
+from r1jax.rewards.language import language_id_reward, language_reward, reflection_count
+from r1jax.rewards.penalties import length_penalty, repetition_penalty
 
 Example = Mapping[str, Any]
 Reward = Callable[..., float]
@@ -30,7 +32,11 @@ class Grader(NamedTuple):
 
 
 GRADERS: dict[str, Grader] = {
+    "choice": Grader(exact.grade_choice, exact.answer_choice, exact.check_choice),
+    "code": Grader(code.grade, code.answer, code.check_example),
     "countdown": Grader(countdown.grade, countdown.answer, countdown.check_example),
+    "exact": Grader(exact.grade_exact, exact.answer_exact, exact.check_exact),
+    "instructions": Grader(instructions.grade, instructions.answer, instructions.check_example),
     "math": Grader(math.grade, math.answer, math.check_example),
 }
 
@@ -73,7 +79,17 @@ REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "countdown": countdown_reward,
     "math": math_reward,
+    "code_share": code.passed_share,
+    "f1": exact.f1_reward,
+    "instructions_share": instructions.followed_share,
+    "language": language_reward,
+    "language_id": language_id_reward,
+    "length": length_penalty,
+    "repetition": repetition_penalty,
+    "reflection": reflection_count,
 }
+# Which grader's golds a reward reads that is not named after it.
+READS = {"code_share": "code", "f1": "exact", "instructions_share": "instructions"}
 
 
 def canonical_answer(prompt: str, completion: str, example: Example) -> str | None:
@@ -94,7 +110,7 @@ def check_examples(examples: Iterable[Example], rewards: Collection[str]) -> Non
         name = example.get("grader")
         if name in GRADERS or "accuracy" in rewards:
             _grader(name, example).check_example(example)
-        for direct in GRADERS.keys() & set(rewards):
+        for direct in GRADERS.keys() & {READS.get(reward, reward) for reward in rewards}:
             GRADERS[direct].check_example(example)
 
 

@@ -101,7 +101,8 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         return run.stop.requested and hosts.count() == 1
 
     grading, paths = config.grading, dict(config.reward_paths)
-    with RewardPool(dict(config.rewards), grading.workers, grading.timeout_s, paths) as pool:
+    limits = grading.timeout_s, paths, grading.batch_timeout_s, tuple(grading.sandbox_accepts)
+    with RewardPool(dict(config.rewards), grading.workers, *limits) as pool:
 
         def sample(weights: Params, examples: list[Example], rollout: int, cursor: int, limit: int) -> list:
             branch = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), rollout)
