@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 import r1jax
 from r1jax import checkpoint, hosts, metrics, run, sharding, text
+from r1jax.folders import folder_at
 from r1jax.model import convert
 from r1jax.run import Policy, Run
 
@@ -27,7 +28,7 @@ BASE = pathlib.Path(r1jax.__file__).parent / "base"
 
 def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Policy:
     """The model at config.model.path (empty: the packaged base), or random weights if the first stage makes its own."""
-    folder = pathlib.Path(config.model.path or BASE)
+    folder = folder_at(config.model.path or BASE)
     tokenizer = text.load_tokenizer(folder)
     if config.stages[0] in FROM_NOTHING:
         models = importlib.import_module("configs.models").MODELS
@@ -38,7 +39,8 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Poli
         model = run.model_config(models[config.model.name])
         params = run.random_params(model, layouts["train"], config.seed)
     else:
-        model, params = convert.load(folder, mesh=layouts["train"].mesh, dtype="float32")
+        with metrics.reading(f"weights from {folder}") as progress:
+            model, params = convert.load(folder, layouts["train"].mesh, "float32", progress)
         run.param_shardings(model, layouts["train"])
     text.check_fits(tokenizer, model.vocab_size)
     return Policy(model, params, tokenizer, folder)

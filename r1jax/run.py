@@ -1,6 +1,7 @@
 """What all stages of one run share: folder, mesh, seed, signal; and how weights and state come onto the mesh."""
 
 import dataclasses
+import fnmatch
 import pathlib
 import shutil
 from functools import partial
@@ -10,6 +11,7 @@ import jax
 import optax
 
 from r1jax import checkpoint, hosts, metrics, optim, sharding, updates
+from r1jax.folders import Folder
 from r1jax.model import convert, transformer
 from r1jax.model.config import ModelConfig, Rope
 from r1jax.text import Tokenizer
@@ -34,7 +36,7 @@ class Policy:
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
-    folder: pathlib.Path  # where tokenizer files lie
+    folder: Folder  # the released model that it came from, for what lies beside the weights
 
 
 class Stopped(Exception):
@@ -83,13 +85,24 @@ def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoi
     return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
 
 
+# Files of a released-model folder that stay what they are when the weights change.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+COMPANIONS += ("chat_template*", "generation_config.json")
+
+
+def companions(folder: Folder) -> dict[str, bytes]:
+    """The tokenizer, chat template and generation settings of a released-model folder: content by name."""
+    kept = [name for name in folder.names() if any(fnmatch.fnmatch(name, pattern) for pattern in COMPANIONS)]
+    return {name: folder.read(name) for name in kept}
+
+
 def export(run: Run, policy: Policy, params: Params) -> Policy:
     """Leaves a released-model folder in WORKDIR/model, in place of what an earlier stage or the same run left there."""
     out, new = run.workdir / "model", run.workdir / ".model.new"
     weights = jax.tree.map(hosts.fetch, params)
     if hosts.is_writer():
         shutil.rmtree(new, ignore_errors=True)
-        convert.save(weights, policy.config, new, extra_files=policy.folder.glob("tokenizer*"))
+        convert.save(weights, policy.config, new, extra_files=companions(policy.folder))
         shutil.rmtree(out, ignore_errors=True)
         new.rename(out)
     return dataclasses.replace(policy, params=params)

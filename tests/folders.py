@@ -71,8 +71,13 @@ def random_tree(config: ModelConfig, dtype: np.dtype = FLOAT32, seed: int = 0) -
     return unflatten_dict(flat, sep=".")
 
 
+def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every stored tensor."""
+    return {name: tensor.read() for name, tensor in safetensors_io.open_folder(folder).items()}
+
+
 def edit(folder: pathlib.Path, change: Callable[[dict], object]) -> None:
     """Rewrites the single file of a folder with changed tensors."""
-    held = {name: np.array(t) for name, t in safetensors_io.open_folder(folder).items()}
+    held = read(folder)
     change(held)
     save_file({name: np.ascontiguousarray(t) for name, t in held.items()}, folder / "model.safetensors")

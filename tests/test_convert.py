@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from folders import BFLOAT16, CONFIGS, DEEPSEEK, edit, random_tree
+from folders import BFLOAT16, CONFIGS, DEEPSEEK, edit, random_tree, read
 from safetensors.numpy import save_file
 
 from r1jax.model import convert, fp8, safetensors_io, tensors, transformer
@@ -136,14 +136,14 @@ def quantise(folder: pathlib.Path, block: tuple[int, int]) -> None:
     hf["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
     (folder / "config.json").write_text(json.dumps(hf))
     out = {}
-    stored = safetensors_io.open_folder(folder)
+    stored = read(folder)
     for name, (shape, dtype) in convert.tensor_plan(hf).items():
         if dtype == "F8_E4M3":
             out[name] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.float8_e4m3fn)
         elif name.endswith("_scale_inv"):
             out[name] = rng.uniform(0.5, 2, shape).astype(np.float32)
         else:
-            out[name] = np.array(stored[name]).astype(ml_dtypes.bfloat16 if dtype == "BF16" else np.float32)
+            out[name] = stored[name].astype(ml_dtypes.bfloat16 if dtype == "BF16" else np.float32)
     save_file(out, folder / "model.safetensors")
 
 
@@ -157,7 +157,7 @@ def test_dequantise_by_hand() -> None:
 
 def test_fp8_folder_is_dequantised(folder: pathlib.Path) -> None:
     quantise(folder, (4, 3))
-    stored = safetensors_io.open_folder(folder)
+    stored = read(folder)
     name = "model.layers.2.mlp.experts.5.down_proj.weight"
     want = fp8.dequantise(stored[name], stored[name + "_scale_inv"], (4, 3)).T
     _, exact = convert.load(folder, dtype="float32")
@@ -184,9 +184,8 @@ def test_folder_without_its_mtp_layer_loads_without_one(folder: pathlib.Path) ->
 
 
 def test_extra_files_and_fields_travel(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
     fields = {"bos_token_id": 3, "eos_token_id": 5, "vocab_size": 7}
-    convert.save(random_tree(DEEPSEEK), DEEPSEEK, tmp_path / "a/b", [tmp_path / "tokenizer.json"], hf_fields=fields)
+    convert.save(random_tree(DEEPSEEK), DEEPSEEK, tmp_path / "a/b", {"tokenizer.json": b"{}"}, hf_fields=fields)
     assert (tmp_path / "a/b/tokenizer.json").read_text() == "{}"
     hf = json.loads((tmp_path / "a/b/config.json").read_text())
     assert (hf["eos_token_id"], hf["vocab_size"], hf["torch_dtype"]) == (5, 40, "float32")

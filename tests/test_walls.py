@@ -37,6 +37,7 @@ ORDER = [
     "writers",
     "countdown",
     "text",
+    "chat",
     "checkpoint",
     "metrics",
     "report",
@@ -46,9 +47,22 @@ ORDER = [
     "model",
     "sharding",
     "hosts",
+    "folders",
     "types",
 ]
-JAX_FREE = ["corpus", "rewards", "data", "sources", "packing", "writers", "countdown", "text", "types"]
+JAX_FREE = [
+    "corpus",
+    "rewards",
+    "data",
+    "sources",
+    "packing",
+    "writers",
+    "countdown",
+    "text",
+    "chat",
+    "folders",
+    "types",
+]
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 PROCESS_WORDS = {
     "addressable_data",

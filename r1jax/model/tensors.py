@@ -101,7 +101,7 @@ FLOAT32_LEAVES = ("router", "router_bias")
 FLOAT32_STORED = ("e_score_correction_bias",)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
     """A row placed in a model: the tensors that stack up to leaves of ours.
 
@@ -193,6 +193,18 @@ def stored_shape(row: Row, size: Sizes) -> tuple[int, ...]:
 def our_shape(row: Row, leaf: str, size: Sizes) -> tuple[int, ...]:
     """Shape of a leaf of ours, without the stacked leading axes."""
     return tuple(_size(terms, size) for terms in _factors(row.ours[leaf]))
+
+
+def leading(row: Row) -> str | None:
+    """The letter that the stored rows run over first, along which a tensor can be read in pieces; None if it is sorted
+    on the way, as "(c+r~)" is."""
+    first = _factors(row.stored)[0]
+    return first[0] if len(first) == 1 else None
+
+
+def axis_of(row: Row, leaf: str, letter: str) -> int:
+    """Which axis of a leaf of ours that letter is."""
+    return _factors(row.ours[leaf]).index((letter,))
 
 
 def _view(tensor: np.ndarray, row: Row, leaf: str, size: Sizes) -> tuple[np.ndarray, tuple]:

@@ -52,7 +52,7 @@ def check_lengths(config: ConfigDict, policy: Policy, longest: int) -> None:
 def make_verbs(config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: draw.DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
     settings = SamplerConfig(**config.sampler)
-    return Verbs(policy.config, settings, drawing, layout, [policy.tokenizer.eos_id], config.model.cache_dtype)
+    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), config.model.cache_dtype)
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
