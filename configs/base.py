@@ -21,6 +21,12 @@ def get_config() -> ConfigDict:
                 "remat": "none",  # what the backward pass computes again: none, dots, full
                 "scan_unroll": 1,  # layers per step of the scan over layers
             },
+            # Low-rank adapters (arXiv 2106.09685): only they are trained, the model at model.path stays as it is.
+            "lora": {
+                "rank": 0,  # of the adapters' matrices; 0: no adapters, every weight is trained
+                "alpha": 16.0,  # an adapter counts alpha / rank times
+                "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            },
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
             "data": {

@@ -31,7 +31,8 @@ class Folder:
     def names(self) -> list[str]:
         """The names of its files, sorted."""
         entries = self.files.ls(self.root, detail=True)
-        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+        # Not only what is of type "file": a download of the hub is a folder of links.
+        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory")
 
     def path(self, file: str) -> str:
         """Path or URL of a file, for messages."""

@@ -1,18 +1,20 @@
-"""Stored tensors to stacked arrays on their devices: each process reads the rows that its own shards hold, once.
+"""Stored tensors to stacked arrays on their devices: each process reads the rows that its own parts hold, once.
 
 One stacked leaf is assembled at a time, by many threads, in pieces of a few megabytes, and goes to the devices before
 the next one begins: the host never holds more than this process's part of the largest leaf and those pieces.
 """
 
 import concurrent.futures
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from r1jax import hosts
 from r1jax.model import fp8, tensors
 from r1jax.model.safetensors_io import DTYPES, Stored
 
@@ -59,7 +61,7 @@ def assemble(
     size: tensors.Sizes,
     block: fp8.Block | None,
     dtypes: Mapping[str, DTypeLike],
-    shardings: Mapping[str, Sharding] | None,
+    shardings: Mapping[str, NamedSharding] | None,
     pool: concurrent.futures.Executor,
     progress: Progress,
 ) -> dict[str, jax.Array]:
@@ -75,10 +77,12 @@ def assemble(
         ValueError: NaN or infinite values; names file and tensor.
     """
     parts: dict[str, list[_Part]] = {}
+    lies = {}
     for leaf, path, shape in tensors.leaves(entry, size):
+        lies[path] = None if shardings is None else by_rows(shardings[path], entry, leaf, shape)
         by_index: dict[str, _Part] = {}
         whole = {None: (slice(None),) * len(shape)}
-        held = whole if shardings is None else shardings[path].addressable_devices_indices_map(shape)
+        held = whole if shardings is None else lies[path].addressable_devices_indices_map(shape)
         for device, index in held.items():
             if str(index) not in by_index:
                 by_index[str(index)] = _Part(index, shape, np.dtype(dtypes[path]))
@@ -97,9 +101,32 @@ def assemble(
             del part
         if shardings is None:
             (out[path],) = arrays
-        else:
-            out[path] = jax.make_array_from_single_device_arrays(shape, shardings[path], arrays)
+            continue
+        out[path] = jax.make_array_from_single_device_arrays(shape, lies[path], arrays)
+        if lies[path] != shardings[path]:
+            out[path] = jax.jit(lambda array: array, out_shardings=shardings[path])(out[path])
     return out
+
+
+def by_rows(sharding: NamedSharding, entry: tensors.Entry, leaf: str, shape: tuple[int, ...]) -> NamedSharding:
+    """How a leaf lies while it is read: as at last, but among several processes split along stored rows only.
+
+    A column can only be read with its rows: split along columns over 64 processes, all of them would read the whole
+    leaf. Read by rows, nobody reads what another one does, and the devices exchange the parts.
+    """
+    letter = tensors.leading(entry.row)
+    if hosts.count() == 1 or letter is None:
+        return sharding
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    split = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+    rows, moved = _axis(entry, leaf, letter), ()
+    for axis in range(len(entry.lead), len(shape)):
+        if axis != rows:
+            moved, split[axis] = moved + split[axis], ()
+    split[rows] += moved
+    if shape[rows] % math.prod(sharding.mesh.shape[axis] for axis in split[rows]):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*(axes or None for axes in split)))
 
 
 def _axis(entry: tensors.Entry, leaf: str, letter: str) -> int:

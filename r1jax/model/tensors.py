@@ -218,7 +218,7 @@ def _view(tensor: np.ndarray, row: Row, leaf: str, size: Sizes) -> tuple[np.ndar
         order.append(axis)
         if len(terms) < len(there):
             start = _size(there[: there.index(terms[0])], size)
-            split = np.moveaxis(np.moveaxis(split, axis, 0)[start : start + _size(terms, size)], 0, axis)
+            split = split[(slice(None),) * axis + (slice(start, start + _size(terms, size)),)]
         if there[-1].endswith("~"):
             plain, rotary = np.arange(_size(there[:-1], size)), np.arange(_size(there[-1:], size))
             index.append(np.concatenate([plain, len(plain) + rotary[0::2], len(plain) + rotary[1::2]]))

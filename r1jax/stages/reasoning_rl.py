@@ -1,5 +1,7 @@
 """Reasoning RL (R1 report, section 2.2): from the base, with accuracy and format as the only rewards, it is R1-Zero."""
 
+from functools import partial
+
 import jax
 from ml_collections import ConfigDict
 
@@ -82,6 +84,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         scan_unroll=config.model.scan_unroll,
         temperature=settings.temperature,
         router_bias_rate=config.optim.router_bias_rate,
+        lora=policy.lora,
     )
     row_tokens = settings.row_tokens or -(-longest // 128) * 128
     replay = settings.router_replay and policy.config.n_moe > 0
@@ -134,8 +137,8 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         moves = loops.Moves(
             sample=sample,
             evaluate=evaluation,
-            update=updates.make_rl_update(program, objective, optimizer, row_tokens + 1),
-            score=updates.make_score(program),
+            update=partial(updates.make_rl_update(program, objective, optimizer, row_tokens + 1), frozen=policy.frozen),
+            score=partial(updates.make_score(program), frozen=policy.frozen),
             to_decode=loops.decode_layout(policy, decode, config.model.compute_dtype),
         )
         params = loops.rl_loop(
