@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax import chat, checkpoint, pipeline, run, text
+from r1jax import chat, checkpoint, fast_tokenizer, pipeline, run, text
 from r1jax.folders import Folder
 from r1jax.model import convert, fp8, lora, safetensors_io, transformer
 from r1jax.model.config import ModelConfig
@@ -105,6 +105,8 @@ def companions(base: Folder, template: str) -> dict[str, bytes]:
             "pad_token_id": tokenizer.pad_id,
         }
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    if isinstance(tokenizer, text.SentencePieceTokenizer) and "tokenizer_config.json" not in files:
+        files |= fast_tokenizer.files_of(tokenizer)
     return files
 
 

@@ -140,7 +140,7 @@ def export(run: Run, policy: Policy, params: Params) -> Policy:
     weights = jax.tree.map(hosts.fetch, weights)
     if hosts.is_writer():
         shutil.rmtree(new, ignore_errors=True)
-        convert.save(weights, policy.config, new, extra_files=companions(policy.folder))
+        convert.save(weights, policy.config, new, companions(policy.folder), dtype="float32")
         shutil.rmtree(out, ignore_errors=True)
         new.rename(out)
     return dataclasses.replace(policy, params=params)

@@ -77,9 +77,9 @@ def test_the_published_template_by_hand() -> None:
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
         ("{{ messages.append(1) }}", "append"),
-        ("{% for", "chat template"),
-        ("{{ messages[0]['content'] + 1 }}", "chat template"),
-        ("{{ messages[9]['content'] }}", "chat template"),
+        ("{% for", "expected"),
+        ("{{ messages[0]['content'] + 1 }}", "concatenate"),
+        ("{{ messages[9]['content'] }}", "no element|undefined"),
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_an_error(source: str, says: str) -> None:

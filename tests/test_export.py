@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import read
 from tiny_run import POLICY, ROOT, STAGE, execute, make_config, make_policy
 
 from r1jax import chat, export, text
-from r1jax.model import convert, fp8
+from r1jax.model import convert, fp8, transformer
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +130,11 @@ def test_transformers_computes_the_same(finished: dict, tmp_path: pathlib.Path) 
     words = [sys.executable, "-m", "r1jax.export", f"--workdir={finished['adapted']}", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"{tmp_path / 'out'} holds " in done.stdout, done.stderr
-    from r1jax.model import transformer
-
     config, params = convert.load(finished["adapted"] / "model")
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     with torch.no_grad():
         want = theirs(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(transformer.forward(params, config, tokens), want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(transformer.forward(params, config, jnp.asarray(tokens)), want, atol=1e-4, rtol=0)
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.startswith("r1jax: ") and "not an empty folder" in again.stderr

@@ -117,8 +117,8 @@ def test_only_adapters_are_trained(mesh: dict | None) -> None:
 
     def loss(adapters: dict) -> jax.Array:
         weights = lora.merge(frozen, adapters, QWEN, asked)
-        x = transformer.hidden(weights, QWEN, tokens[0]).x
-        logp, _ = transformer.token_logps(weights, x, batch["targets"][0])
+        x = transformer.hidden(weights, QWEN, jnp.asarray(tokens[0])).x
+        logp, _ = transformer.token_logps(weights, x, jnp.asarray(batch["targets"][0]))
         return -jnp.where(batch["is_completion"][0], logp, 0).sum() / batch["is_completion"].sum()
 
     grads = jax.grad(loss)(fresh)

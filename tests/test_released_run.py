@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import ROOT, STAGE, metrics, run_main
@@ -81,6 +82,6 @@ def test_a_released_model_goes_in_and_out(tmp_path: pathlib.Path) -> None:
     config, params = convert.load(tmp_path / "out")
     with torch.no_grad():
         want = theirs(torch.tensor([ids])).logits.numpy()
-    got = np.asarray(transformer.forward(params, config, np.array([ids])))
+    got = np.asarray(transformer.forward(params, config, jnp.asarray([ids])))
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     assert not np.array_equal(params["embed"], convert.load(tmp_path / "in", dtype="float32")[1]["embed"])

@@ -8,10 +8,10 @@ import random
 
 import pytest
 import tokenizers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from r1jax import corpus, writers
+from r1jax import corpus, fast_tokenizer, writers
 from r1jax.countdown import problems_of, question_of
 from r1jax.text import (
     TEMPLATES,
@@ -112,6 +112,7 @@ def assert_streams(tokenizer, ids):
     assert shown + stream.end() == tokenizer.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.integers(0, 511), max_size=12), st.text())
 @example("小明🍎", [], "e\u0301 👩‍🚀")
 @example(" ", [], "  a")
@@ -123,6 +124,7 @@ def test_text_streams_by_whole_characters(before, noise, after):
 def test_text_of_tokenizer_json_streams_by_whole_characters(json_folder):
     tokenizer = load_tokenizer(json_folder)
 
+    @settings(deadline=None)
     @given(st.text(), st.lists(st.integers(0, 300), max_size=12), st.text())
     @example("小明🍎", [], "é")
     def law(before, noise, after):
@@ -319,3 +321,28 @@ def test_reflective_words_are_whole_words_in_any_case():
     assert reflective_words("Wait, a MISTAKE. However, but retry; error: verify, evaluate, check.") == 9
     assert reflective_words("waiter, checked, butter, unverify") == 0
     assert reflective_words("wait wait") == 2
+
+
+def test_the_base_as_a_tokenizer_json_gives_the_same_ids(tmp_path):
+    for name, content in fast_tokenizer.files_of(BASE).items():
+        (tmp_path / name).write_bytes(content)
+    other = load_tokenizer(tmp_path)
+    for field in ("vocab_size", "eos_id", "bos_id", "pad_id", "eos_ids", "adds_bos"):
+        assert getattr(other, field) == getattr(BASE, field), field
+
+    @settings(deadline=None)
+    @given(st.text().map(lambda text: text.replace("\u2581", " ")))
+    @example("Using 3, 5, 7 and + - *, make 26. <think> 3*5=15, wait, that is not it. </think>  12345 小明 🍎")
+    @example("</s> <pad> <0x41> <answer>\n\t200199  ")
+    def law(text):
+        ids = BASE.encode(text)
+        # Control tokens written out are text to SentencePiece, the tokens themselves to the other.
+        if not any(token in text for token in ("<s>", "</s>", "<pad>", "<unk>")):
+            assert other.encode(text) == ids
+            assert other.decode(ids) == text
+
+    law()
+    rng = random.Random(0)
+    for problem in problems_of("test")[:100]:
+        text = render_prompt("r1_zero", question_of(problem)) + writers.worked_solution(problem, rng, "patient")
+        assert other.encode(text) == BASE.encode(text)

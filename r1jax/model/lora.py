@@ -2,8 +2,8 @@
 
 Adapters are a parameter tree of their own beside the frozen weights. They lie as PEFT stores them, A [rank, in] and B
 [out, rank] of the released matrices, stacked over layers; `merge` adds them to our leaves inside the loss, so that
-gradients and optimizer state exist for A and B alone and no layer knows of them. (qwix would rewrite modules as they
-run; ours are functions of plain trees, so that there is nothing to rewrite.)
+gradients that last and optimizer state exist for A and B alone and no layer knows of them. (qwix would rewrite modules
+as they run; ours are functions of plain trees, so that there is nothing to rewrite.)
 """
 
 import dataclasses
