@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax import chat, checkpoint, fast_tokenizer, pipeline, run, text
+from r1jax import checkpoint, fast_tokenizer, pipeline, run, text
 from r1jax.folders import Folder
 from r1jax.model import convert, fp8, lora, safetensors_io, transformer
 from r1jax.model.config import ModelConfig
@@ -76,10 +76,14 @@ def read_policy(workdir: pathlib.Path, stage: str | None = None, step: int | Non
     return model, jax.jit(lambda *given: lora.merge(*given, model, adapting))(frozen, params)
 
 
-def chat_template(template: str) -> str:
-    """A prompt template of text.TEMPLATES as Jinja: what a chat's last user message becomes before an answer."""
+def chat_template(template: str, adds_bos: bool = False) -> str:
+    """A prompt template of text.TEMPLATES as Jinja: what a chat's last user message becomes before an answer.
+
+    Whoever renders it adds no begin token, so that it stands here where the policy was trained with one.
+    """
     before, after = text.TEMPLATES[template].split("{question}")
     return (
+        f"{'{{ bos_token }}' if adds_bos else ''}"
         "{% set question = messages[-1]['content'].strip() %}"
         "{% if question.endswith('.') %}{% set question = question[:-1] %}{% endif %}"
         f"{{{{ {json.dumps(before)} + question + {json.dumps(after)} }}}}"
@@ -94,9 +98,7 @@ def companions(base: Folder, template: str) -> dict[str, bytes]:
     files = run.companions(base)
     tokenizer = text.load_tokenizer(base)
     if template != text.CHAT:
-        files["chat_template.jinja"] = (chat_template(template) + "\n").encode()
-        rendered = chat.Template(chat_template(template)).render([{"role": "user", "content": " Why? Say. "}])
-        assert rendered == text.render_prompt(template, " Why? Say. ")
+        files["chat_template.jinja"] = (chat_template(template, tokenizer.adds_bos) + "\n").encode()
     if "generation_config.json" not in files:
         ends = sorted(tokenizer.eos_ids)
         settings = {

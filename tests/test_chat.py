@@ -99,7 +99,6 @@ def test_a_template_cannot_change_what_it_is_given() -> None:
     "question", ["Why?", " Using 3, 5 and + make 8. \n", "Say {{ x }}, {question} and %}..", "小明"]
 )
 def test_the_exported_template_is_the_training_prompt(template: str, question: str) -> None:
-    talk = [{"role": "user", "content": question}]
-    assert chat.Template(chat_template(template)).render(talk, add_generation_prompt=True) == text.render_prompt(
-        template, question
-    )
+    talk, want = [{"role": "user", "content": question}], text.render_prompt(template, question)
+    assert chat.Template(chat_template(template)).render(talk, add_generation_prompt=True) == want
+    assert chat.Template(chat_template(template, True), TOKENS).render(talk) == f"<s>{want}"

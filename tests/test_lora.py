@@ -126,8 +126,8 @@ def test_only_adapters_are_trained(mesh: dict | None) -> None:
     for name, pair in fresh[lora.KEY].items():
         new, newer = stepped["policy"][lora.KEY][name], again["policy"][lora.KEY][name]
         np.testing.assert_array_equal(new["a"], pair["a"], err_msg="while B is zero, A has no gradient")
-        np.testing.assert_allclose(new["b"], -grads[lora.KEY][name]["b"], atol=1e-5, err_msg=name)
-        assert np.abs(new["b"]).max() > 1e-3 and np.abs(newer["a"] - new["a"]).max() > 1e-6
+        np.testing.assert_allclose(new["b"], -grads[lora.KEY][name]["b"], atol=1e-6, rtol=1e-4, err_msg=name)
+        assert np.abs(new["b"]).max() > 3e-4 and np.abs(newer["a"] - new["a"]).max() > 1e-8
     # Scoring and decoding see the merged weights.
     logp = updates.make_score(program)(stepped["policy"], placed, 1, frozen)
     assert -float((logp * placed["is_completion"]).sum()) / 88 < float(sums["loss"])

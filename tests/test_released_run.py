@@ -7,7 +7,8 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import ROOT, STAGE, metrics, run_main
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny_run import REWARDS, ROOT, STAGE, metrics, run_main
 
 from r1jax import export, run, text
 from r1jax.model import convert, transformer
@@ -44,12 +45,16 @@ def test_a_released_model_goes_in_and_out(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     weights = {
         name: rng.normal(0, 0.2, leaf.shape).astype(np.float32)
-        for name, leaf in convert.flatten_dict(transformer.shapes(model), sep=".").items()
+        for name, leaf in flatten_dict(transformer.shapes(model), sep=".").items()
     }
     released = {"bos_token_id": 0, "eos_token_id": 1}
-    convert.save(convert.unflatten_dict(weights, sep="."), model, tmp_path / "in", files, released, dtype="bfloat16")
+    convert.save(unflatten_dict(weights, sep="."), model, tmp_path / "in", files, released, dtype="bfloat16")
 
+    # Random weights solve nothing: without a reward that completions differ in, there would be no gradient.
+    (tmp_path / "rewards.py").write_text(REWARDS)
     shrunk = {
+        "rewards": {"accuracy": 1.0, "variety": 1.0},
+        "reward_paths": {"variety": f"{tmp_path}/rewards.py:variety"},
         "model.path": tmp_path / "in",
         "data.source": SHARED / "gsm8k_train.jsonl",
         "data.max_prompt_tokens": 512,
@@ -75,10 +80,10 @@ def test_a_released_model_goes_in_and_out(tmp_path: pathlib.Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     talk = [{"role": "user", "content": "Natalia sold 48 clips. How many are left?"}]
     prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
-    assert prompt.rstrip("\n") == text.render_prompt("r1_zero", talk[0]["content"])
+    assert prompt == tokenizer.bos_token + text.render_prompt("r1_zero", talk[0]["content"])
     ours = text.load_tokenizer(tmp_path / "out")
     _, ids = text.encode_prompt(ours, "r1_zero", talk[0]["content"])
-    assert ids[0] == 0 and ids[1:] == tokenizer(prompt.rstrip("\n"), add_special_tokens=False).input_ids
+    assert ids[0] == 0 and ids == tokenizer(prompt, add_special_tokens=False).input_ids
     config, params = convert.load(tmp_path / "out")
     with torch.no_grad():
         want = theirs(torch.tensor([ids])).logits.numpy()
