@@ -13,9 +13,11 @@ CORE = [
     "absl-py>=2.1",
     "etils>=1.9",
     "flax>=0.12",
+    "fsspec>=2024.2",
     "importlib-resources>=6.4",  # tensorflow-datasets prepares data with it but does not ask for it
     "jax>=0.10",
     "jaxtyping>=0.3",
+    "jinja2>=3.1.6",  # older sandboxes have holes
     "matplotlib>=3.9",
     "ml-collections>=1.0",
     "mpmath>=1.3,<1.4",  # sympy wants no newer one
@@ -57,7 +59,7 @@ setup(
         "test": TEST,
         "gym": ["reasoning-gym>=0.1.20"],  # not in [test]: one of its dependencies needs a C compiler to install
         "eval": ["py3langid>=0.3"],  # the language of texts in one script
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.2"],  # pods read models from gs://
         "cuda": ["jax[cuda12]>=0.10"],
     },
 )

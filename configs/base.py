@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             # Stages run in this order, each from what the one before left: pretrain, reasoning_rl.
             "stages": ("reasoning_rl",),
             "model": {
-                "path": "",  # a released-model folder; empty: the base that is packaged with r1jax
+                "path": "",  # a released-model folder or URL (gs://...); empty: the base that is packaged with r1jax
                 "name": "tiny",  # of configs/models.py; only what starts from nothing (pretrain) reads it
                 "compute_dtype": "float32",  # of activations and of the weights while they are used: float32, bfloat16
                 "cache_dtype": "float32",  # of the sampler's cache
@@ -22,6 +22,12 @@ def get_config() -> ConfigDict:
                 "scan_unroll": 1,  # layers per step of the scan over layers
             },
             "cpu_devices": 1,  # as how many devices the CPU of each host counts; accelerators are not concerned
+            # Low-rank adapters (arXiv 2106.09685): only they are trained, the model at model.path stays as it is.
+            "lora": {
+                "rank": 0,  # of the adapters' matrices; 0: no adapters, every weight is trained
+                "alpha": 16.0,  # an adapter counts alpha / rank times
+                "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            },
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
             "data": {
@@ -34,7 +40,7 @@ def get_config() -> ConfigDict:
                 "id_column": "",  # empty: "id" where there is one, else the line's number
                 "level_column": "",  # difficulty, a number; empty: none
                 "grader": "math",  # of rewards: how answers of a file are graded
-                "template": "r1_zero",  # of text.TEMPLATES
+                "template": "r1_zero",  # of text.TEMPLATES, or chat: the model's own chat template
                 "max_prompt_tokens": 1024,  # a longer prompt is an error
                 "gym_size": 2000,  # problems that reasoning-gym generates
             },

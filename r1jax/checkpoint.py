@@ -68,7 +68,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, ascending; whether their content is sound shows in `restore`."""
-        return hosts.agree(_steps(self.folder))
+        return whole_steps(self.folder)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
@@ -220,6 +220,11 @@ class Checkpoints:
 def latest_step(folder: str | os.PathLike[str]) -> int | None:
     """The step of the newest whole checkpoint in a folder, or None."""
     return hosts.agree(max(_steps(pathlib.Path(folder)), default=None))
+
+
+def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """The steps of all whole checkpoints in a folder, ascending."""
+    return hosts.agree(_steps(pathlib.Path(folder)))
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -274,4 +275,8 @@ def _sample(
 def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
     """A function that lays weights out for decoding, in the compute dtype, from device to device."""
     lies = param_shardings(policy.config, layout)
-    return jax.jit(lambda params: updates.cast(params, dtype), out_shardings=lies)
+
+    def weights(params: Params, frozen: Params | None) -> Params:
+        return updates.weights_of(policy.config, policy.lora, params, frozen, dtype)
+
+    return partial(jax.jit(weights, out_shardings=lies), frozen=policy.frozen)

@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -317,6 +317,40 @@ class Progress:
         """Leaves the last state of the live line on the screen."""
         if self._live:
             self._live.stop()
+
+
+@contextlib.contextmanager
+def reading(what: str, out: TextIO | None = None, patience_s: float = 2.0) -> Iterator[Callable[[int, int], None]]:
+    """How much of `what` is read: a bar on a terminal, a line every ten seconds in a log file, nothing if it is quick.
+
+    Yields what to call with the bytes read so far and the bytes there are.
+    """
+    out, start_s = out or sys.stdout, time.monotonic()
+    bar, said_s = None, start_s + patience_s - 10
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, said_s
+        now_s = time.monotonic()
+        if not hosts.is_writer() or now_s - start_s < patience_s:
+            return
+        if out.isatty():
+            from rich import console, progress
+
+            if bar is None:
+                columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
+                bar = progress.Progress("{task.description}", *columns, console=console.Console(file=out))
+                bar.add_task(what, total=total)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=done)
+        elif now_s - said_s >= 10:
+            said_s, speed = now_s, done / 1e9 / (now_s - start_s)
+            print(f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed:.2f} GB/s", file=out, flush=True)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def _printable(text: str, head: int = 1500, tail: int = 500) -> str:

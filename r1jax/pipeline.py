@@ -6,6 +6,9 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 from absl import logging
@@ -13,7 +16,9 @@ from ml_collections import ConfigDict
 
 import r1jax
 from r1jax import checkpoint, hosts, metrics, run, sharding, text
-from r1jax.model import convert
+from r1jax.folders import Folder, folder_at
+from r1jax.model import convert, lora
+from r1jax.model.config import ModelConfig
 from r1jax.run import Policy, Run
 
 # Stage name -> its page; imported when it runs.
@@ -22,26 +27,60 @@ STAGES = {"pretrain": "r1jax.stages.pretrain", "reasoning_rl": "r1jax.stages.rea
 # Stages that start from nothing rather than from the policy at config.model.path.
 FROM_NOTHING = ("pretrain",)
 
+ADAPTERS = 2  # branch of the run's key; rollouts and evaluations have 0 and 1
+
 BASE = pathlib.Path(r1jax.__file__).parent / "base"
 
 
+def base_folder(model: Mapping[str, Any]) -> Folder:
+    """The released-model folder that a run with these values of config.model begins with."""
+    return folder_at(model["path"] or BASE)
+
+
+def starts_from_nothing(stages: Sequence[str]) -> bool:
+    """Whether the first stage makes its own weights."""
+    return stages[0] in FROM_NOTHING
+
+
+def model_config(stages: Sequence[str], model: Mapping[str, Any]) -> ModelConfig:
+    """The architecture of a run, from its base folder or, if it starts from nothing, from configs/models.py.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if not starts_from_nothing(stages):
+        return convert.open_model(base_folder(model))[0]
+    models, name = importlib.import_module("configs.models").MODELS, model["name"]
+    if name not in models:
+        near = difflib.get_close_matches(name, models, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"config.model.name is {name!r}, wanted one of {', '.join(models)}{hint}")
+    return run.model_config(models[name])
+
+
 def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Policy:
-    """The model at config.model.path (empty: the packaged base), or random weights if the first stage makes its own."""
-    folder = pathlib.Path(config.model.path or BASE)
+    """The model at config.model.path (empty: the packaged base), or random weights if the first stage makes its own.
+
+    With config.lora.rank what is trained are adapters, and the weights stay in the dtype that they are stored in.
+    """
+    folder = base_folder(config.model)
     tokenizer = text.load_tokenizer(folder)
-    if config.stages[0] in FROM_NOTHING:
-        models = importlib.import_module("configs.models").MODELS
-        if config.model.name not in models:
-            near = difflib.get_close_matches(config.model.name, models, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"config.model.name is {config.model.name!r}, wanted one of {', '.join(models)}{hint}")
-        model = run.model_config(models[config.model.name])
-        params = run.random_params(model, layouts["train"], config.seed)
-    else:
-        model, params = convert.load(folder, mesh=layouts["train"].mesh, dtype="float32")
-        run.param_shardings(model, layouts["train"])
+    model = model_config(config.stages, config.model)
     text.check_fits(tokenizer, model.vocab_size)
-    return Policy(model, params, tokenizer, folder)
+    run.param_shardings(model, layouts["train"])
+    adapting = run.adapting(model, config.lora)
+    if starts_from_nothing(config.stages):
+        if adapting is not None:
+            raise ValueError(f"config.lora.rank is {adapting.rank}, but {config.stages[0]} has no weights to adapt")
+        return Policy(model, run.random_params(model, layouts["train"], config.seed), tokenizer, folder)
+    with metrics.reading(f"weights from {folder}") as progress:
+        dtype = "float32" if adapting is None else None
+        model, params = convert.load(folder, layouts["train"].mesh, dtype, progress)
+    if adapting is None:
+        return Policy(model, params, tokenizer, folder)
+    key = jax.random.fold_in(jax.random.key(config.seed), ADAPTERS)
+    make = jax.jit(partial(lora.init, model, adapting), out_shardings=layouts["train"].sharding())
+    return Policy(model, make(key), tokenizer, folder, adapting, params)
 
 
 def check_stages(stages: tuple[str, ...]) -> None:
@@ -78,12 +117,15 @@ def _flat(tree: object, path: str = "") -> dict[str, str]:
 
 def plan(config: ConfigDict, policy: Policy, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> str:
     """One line on what the run is about to do."""
-    n = sum(x.size for x in jax.tree.leaves(policy.params))
+    n, trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (policy.frozen, policy.params))
+    kind = f"policy of {trained / 1e6:.2f}M parameters"
+    if policy.lora is not None:
+        kind = f"policy of {n / 1e6:.2f}M frozen parameters with {trained / 1e6:.2f}M in adapters"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     steps = {name: checkpoint.latest_step(workdir / "checkpoints" / name) for name in config.stages}
     stages = [name if at is None else f"{name} (from step {at} on)" for name, at in steps.items()]
     return (
-        f"{' then '.join(stages)} of a policy of {n / 1e6:.2f}M parameters on {mesh.size} "
+        f"{' then '.join(stages)} of a {kind} on {mesh.size} "
         f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}{axes and f' ({axes})'}, in {workdir}"
     )
 

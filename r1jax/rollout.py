@@ -15,7 +15,7 @@ from r1jax import hosts
 from r1jax.rewards.pool import Graded, RewardPool
 from r1jax.sampler import sample as sample_requests
 from r1jax.slots import Verbs
-from r1jax.text import Tokenizer, render_prompt
+from r1jax.text import Tokenizer, encode_prompt
 from r1jax.types import Completion, Example, Params, Request
 
 
@@ -48,21 +48,20 @@ def encode_prompts(
     """
     out = []
     for example in examples:
-        prompt = render_prompt(template, example["question"])
-        ids = tuple(tokenizer.encode(prompt))
+        prompt, ids = encode_prompt(tokenizer, template, example["question"])
         if not 0 < len(ids) <= max_prompt_tokens:
             raise ValueError(
                 f"the prompt of {example['id']!r} has {len(ids)} tokens, wanted 1 to {max_prompt_tokens}; "
                 "raise config.data.max_prompt_tokens or leave it out"
             )
-        out.append((prompt, ids))
+        out.append((prompt, tuple(ids)))
     return out
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
     """What the policy wrote, without the end-of-sequence token."""
     ids = completion.tokens.tolist()
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids)
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids)
 
 
 def stop_text_finder(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> Callable[[list[int]], int | None]:

@@ -1,8 +1,10 @@
 """What all stages of one run share: folder, mesh, seed, signal; and how weights and state come onto the mesh."""
 
 import dataclasses
+import fnmatch
 import pathlib
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +12,10 @@ import jax
 import optax
 
 from r1jax import checkpoint, hosts, metrics, optim, sharding, updates
-from r1jax.model import convert, transformer
+from r1jax.folders import Folder
+from r1jax.model import convert, lora, transformer
 from r1jax.model.config import ModelConfig, Rope
+from r1jax.model.lora import Lora
 from r1jax.text import Tokenizer
 from r1jax.types import Params
 
@@ -29,12 +33,21 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A model with its weights (float32, train layout) and its tokenizer."""
+    """A model with its weights (train layout) and its tokenizer.
+
+    Attributes:
+        params: what is trained, float32: all weights, or the adapters.
+        folder: the released model that it came from, for what lies beside the weights.
+        lora: size and place of the adapters; None: there are none.
+        frozen: with adapters, the weights that they adapt.
+    """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
-    folder: pathlib.Path  # where tokenizer files lie
+    folder: Folder
+    lora: Lora | None = None
+    frozen: Params | None = None
 
 
 class Stopped(Exception):
@@ -46,6 +59,19 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
     fields = dict(fields)
     rope = Rope(**fields.pop("rope", {}))
     return ModelConfig(**fields, rope=rope)
+
+
+def adapting(config: ModelConfig, fields: Mapping[str, Any]) -> Lora | None:
+    """What config.lora asks for: adapters, or None where every weight is trained.
+
+    Raises:
+        ValueError: a rank, alpha or target that cannot be.
+    """
+    if not fields.get("rank"):
+        return None
+    out = Lora(fields["rank"], fields["alpha"], tuple(fields["targets"]))
+    lora.adapted(config, out)
+    return out
 
 
 def param_shardings(config: ModelConfig, layout: sharding.Layout) -> Params:
@@ -66,7 +92,10 @@ def training_state(
 ) -> tuple[updates.State, updates.State]:
     """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
     scalar = layout.sharding()
-    lies = updates.state_shardings(param_shardings(policy.config, layout), optimizer, policy.params, scalar)
+    lies = param_shardings(policy.config, layout)
+    if policy.lora is not None:  # small, so that every device holds them
+        lies = jax.tree.map(lambda _: scalar, policy.params)
+    lies = updates.state_shardings(lies, optimizer, policy.params, scalar)
     state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params)
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
     return state, like
@@ -83,13 +112,35 @@ def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoi
     return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
 
 
+# Files of a released-model folder that stay what they are when the weights change.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+COMPANIONS += ("chat_template*", "generation_config.json")
+
+
+def companions(folder: Folder) -> dict[str, bytes]:
+    """The tokenizer, chat template and generation settings of a released-model folder: content by name."""
+    kept = [name for name in folder.names() if any(fnmatch.fnmatch(name, pattern) for pattern in COMPANIONS)]
+    return {name: folder.read(name) for name in kept}
+
+
 def export(run: Run, policy: Policy, params: Params) -> Policy:
-    """Leaves a released-model folder in WORKDIR/model, in place of what an earlier stage or the same run left there."""
+    """Leaves a released-model folder in WORKDIR/model, in place of what an earlier stage or the same run left there.
+
+    Adapters are merged there and lie in WORKDIR/adapter as well.
+    """
     out, new = run.workdir / "model", run.workdir / ".model.new"
-    weights = jax.tree.map(hosts.fetch, params)
+    weights = params
+    if policy.lora is not None:
+        whole = partial(lora.merge, config=policy.config, lora=policy.lora)
+        lies = param_shardings(policy.config, run.layouts["train"])
+        weights = jax.jit(whole, out_shardings=lies)(policy.frozen, params)
+        adapters = jax.tree.map(hosts.fetch, params)
+        if hosts.is_writer():
+            lora.save_peft(adapters, policy.config, policy.lora, run.workdir / "adapter", str(policy.folder))
+    weights = jax.tree.map(hosts.fetch, weights)
     if hosts.is_writer():
         shutil.rmtree(new, ignore_errors=True)
-        convert.save(weights, policy.config, new, extra_files=policy.folder.glob("tokenizer*"))
+        convert.save(weights, policy.config, new, companions(policy.folder), dtype="float32")
         shutil.rmtree(out, ignore_errors=True)
         new.rename(out)
     return dataclasses.replace(policy, params=params)

@@ -2,7 +2,8 @@
 
 A minibatch is a tree of arrays [M, B, T]: microbatches of B packed rows, the first n of which hold anything. Their
 gradients add up exactly to those of the whole; n is not static, so that minibatches of any size run one program.
-State is donated. Each maker is called once with static settings and returns a jitted function.
+State is donated. Each maker is called once with static settings and returns a jitted function. With adapters the
+parameters are the adapters, and the frozen weights come as a further argument, `frozen`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jaxtyping import Array
 from r1jax import grpo, optim, sharding
 from r1jax.model import transformer
 from r1jax.model.config import ModelConfig
+from r1jax.model.lora import Lora, merge
 from r1jax.types import Params
 
 Batch = dict[str, Array]
@@ -36,6 +38,7 @@ class Program:
     temperature: float = 1.0
     router_bias_rate: float = 0.0
     mtp_weight: float = 0.0
+    lora: Lora | None = None  # then what is trained are adapters of frozen weights
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -45,6 +48,11 @@ def cast(params: Params, dtype: str) -> Params:
         return leaf if "router" in jax.tree_util.keystr(path[-1:]) else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def weights_of(config: ModelConfig, lora: Lora | None, params: Params, frozen: Params | None, dtype: str) -> Params:
+    """The whole model's weights in the compute dtype, of what is trained and, with adapters, of what is frozen."""
+    return cast(params if lora is None else merge(frozen, params, config, lora), dtype)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> State:
@@ -58,10 +66,14 @@ def state_shardings(shardings: Params, optimizer: optax.GradientTransformation, 
     return {"policy": shardings, "optim": optim.state_like(like, shardings, scalar)}
 
 
-def _run(program: Program, params: Params, micro: Batch) -> transformer.Hidden:
+def _weights(program: Program, params: Params, frozen: Params | None) -> Params:
+    return weights_of(program.config, program.lora, params, frozen, program.compute_dtype)
+
+
+def _run(program: Program, weights: Params, micro: Batch) -> transformer.Hidden:
     replay = micro.get("replay")  # [B, T, L, K]
     return transformer.hidden(
-        cast(params, program.compute_dtype),
+        weights,
         program.config,
         micro["tokens"],
         micro["positions"],
@@ -79,18 +91,18 @@ def _rows(layout: sharding.Layout, batch: Batch) -> Batch:
     return {name: sharding.constrain(a, None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
 
 
-def make_score(program: Program) -> Callable[[Params, Batch, int], Array]:
+def make_score(program: Program) -> Callable[..., Array]:
     """Log-probabilities [M, B, T] of the targets under given parameters; zeros past the first `n` microbatches."""
 
     @partial(jax.jit, out_shardings=program.layout.sharding(None, "rows", "tokens"))
-    def score(params: Params, batch: Batch, n: Array) -> Array:
+    def score(params: Params, batch: Batch, n: Array, frozen: Params | None = None) -> Array:
         with sharding.use(program.layout):
             batch = _rows(program.layout, batch)
 
             def one(i: Array, out: Array) -> Array:
                 micro = jax.tree.map(lambda a: a[i], batch)
-                x = _run(program, params, micro).x
-                weights = cast(params, program.compute_dtype)
+                weights = _weights(program, params, frozen)
+                x = _run(program, weights, micro).x
                 return out.at[i].set(transformer.token_logps(weights, x, micro["targets"], program.temperature)[0])
 
             return jax.lax.fori_loop(0, n, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
@@ -141,18 +153,20 @@ def _with_load(record: dict[str, Array], load: Array | None) -> dict[str, Array]
 
 def make_rl_update(
     program: Program, settings: grpo.GrpoConfig, optimizer: optax.GradientTransformation, row_sequences: int
-) -> Callable[[State, Batch, int, bool], tuple[State, dict[str, Array]]]:
-    """One GRPO step: (state, minibatch, n, is_on_policy) to (state, sums for grpo.finish_metrics).
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """One GRPO step: (state, minibatch, n, is_on_policy, frozen) to (state, sums for grpo.finish_metrics).
 
     The minibatch holds the arrays of packing.py and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
-    old_logp, and replay for a MoE. Where `is_on_policy`, as for a rollout.s first minibatch, or without old_logp, the
+    old_logp, and replay for a MoE. Where `is_on_policy`, as for a rollout's first minibatch, or without old_logp, the
     policy's own log-probabilities stand for the old ones: the ratio is exactly one.
     """
 
-    def gradient(params: Params, micro: Batch, is_on_policy: Array) -> tuple[tuple[Array, dict], Params]:
+    def gradient(
+        params: Params, micro: Batch, is_on_policy: Array, frozen: Params | None
+    ) -> tuple[tuple[Array, dict], Params]:
         def loss_of(params: Params) -> tuple[Array, dict]:
-            out = _run(program, params, micro)
-            weights = cast(params, program.compute_dtype)
+            weights = _weights(program, params, frozen)
+            out = _run(program, weights, micro)
             logp, entropy = transformer.token_logps(weights, out.x, micro["targets"], program.temperature)
             own = jax.lax.stop_gradient(logp)
             loss, record = grpo.loss(
@@ -175,9 +189,12 @@ def make_rl_update(
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch, n: Array, is_on_policy: Array = False) -> tuple[State, dict[str, Array]]:
+    def update(
+        state: State, batch: Batch, n: Array, is_on_policy: Array = False, frozen: Params | None = None
+    ) -> tuple[State, dict[str, Array]]:
+        one = partial(gradient, is_on_policy=is_on_policy, frozen=frozen)
         with sharding.use(program.layout):
-            return _step(program, optimizer, partial(gradient, is_on_policy=is_on_policy), state, batch, n)
+            return _step(program, optimizer, one, state, batch, n)
 
     return update
 
@@ -193,17 +210,19 @@ def _following(micro: Batch) -> Batch:
 
 def make_sft_update(
     program: Program, optimizer: optax.GradientTransformation
-) -> Callable[[State, Batch, int], tuple[State, dict[str, Array]]]:
+) -> Callable[..., tuple[State, dict[str, Array]]]:
     """One next-token step over the targets where `is_completion` is true, and multi-token prediction if it can.
 
     Sums returned: tokens, nll, entropy and, with multi-token prediction, mtp_nll over mtp_tokens.
     """
     config = program.config
 
-    def gradient(params: Params, micro: Batch, total: Array) -> tuple[tuple[Array, dict], Params]:
+    def gradient(
+        params: Params, micro: Batch, frozen: Params | None, total: Array
+    ) -> tuple[tuple[Array, dict], Params]:
         def loss_of(params: Params) -> tuple[Array, dict]:
-            out = _run(program, params, micro)
-            weights = cast(params, program.compute_dtype)
+            weights = _weights(program, params, frozen)
+            out = _run(program, weights, micro)
             logp, entropy = transformer.token_logps(weights, out.x, micro["targets"])
             counted = micro["is_completion"]
             nll = -jnp.where(counted, logp, 0.0).sum()
@@ -228,9 +247,9 @@ def make_sft_update(
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch, n: Array) -> tuple[State, dict[str, Array]]:
+    def update(state: State, batch: Batch, n: Array, frozen: Params | None = None) -> tuple[State, dict[str, Array]]:
         with sharding.use(program.layout):
             total = jnp.maximum(batch["is_completion"].sum(dtype=jnp.float32), 1.0)
-            return _step(program, optimizer, partial(gradient, total=total), state, batch, n)
+            return _step(program, optimizer, partial(gradient, frozen=frozen, total=total), state, batch, n)
 
     return update

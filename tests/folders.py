@@ -37,6 +37,17 @@ DEEPSEEK = ModelConfig(
     rope=YARN,
     num_nextn_predict_layers=1,
 )
+V2 = dataclasses.replace(
+    DEEPSEEK,
+    n_group=1,
+    topk_group=1,
+    scoring_func="softmax",
+    group_score="max",
+    norm_topk_prob=False,
+    router_bias=False,
+    num_nextn_predict_layers=0,
+    rope=Rope(),
+)
 GQA = ModelConfig(
     vocab_size=40,
     hidden_size=16,
@@ -54,6 +65,8 @@ CONFIGS = {
     "deepseek_v3, tied": dataclasses.replace(DEEPSEEK, tie_word_embeddings=True),
     "deepseek_v3, no MTP": dataclasses.replace(DEEPSEEK, num_nextn_predict_layers=0, rope=Rope(theta=1e5)),
     "deepseek_v3, all dense but MTP": dataclasses.replace(DEEPSEEK, first_k_dense_replace=3),
+    "deepseek_v2": V2,
+    "deepseek_v2, groups": dataclasses.replace(V2, n_group=4, topk_group=2, q_lora_rank=7, rope=YARN),
     "qwen2": dataclasses.replace(GQA, qkv_bias=True, tie_word_embeddings=True),
     "qwen3": dataclasses.replace(GQA, qk_norm=True, head_dim=6),
     "qwen3_moe": dataclasses.replace(GQA, qk_norm=True, scoring_func="softmax", router_bias=False, **ROUTED),
@@ -71,8 +84,13 @@ def random_tree(config: ModelConfig, dtype: np.dtype = FLOAT32, seed: int = 0) -
     return unflatten_dict(flat, sep=".")
 
 
+def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every stored tensor."""
+    return {name: tensor.read() for name, tensor in safetensors_io.open_folder(folder).items()}
+
+
 def edit(folder: pathlib.Path, change: Callable[[dict], object]) -> None:
     """Rewrites the single file of a folder with changed tensors."""
-    held = {name: np.array(t) for name, t in safetensors_io.open_folder(folder).items()}
+    held = read(folder)
     change(held)
     save_file({name: np.ascontiguousarray(t) for name, t in held.items()}, folder / "model.safetensors")

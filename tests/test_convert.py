@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from folders import BFLOAT16, CONFIGS, DEEPSEEK, edit, random_tree
+from folders import BFLOAT16, CONFIGS, DEEPSEEK, edit, random_tree, read
 from safetensors.numpy import save_file
 
 from r1jax.model import convert, fp8, safetensors_io, tensors, transformer
@@ -136,14 +136,14 @@ def quantise(folder: pathlib.Path, block: tuple[int, int]) -> None:
     hf["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
     (folder / "config.json").write_text(json.dumps(hf))
     out = {}
-    stored = safetensors_io.open_folder(folder)
+    stored = read(folder)
     for name, (shape, dtype) in convert.tensor_plan(hf).items():
         if dtype == "F8_E4M3":
             out[name] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.float8_e4m3fn)
         elif name.endswith("_scale_inv"):
             out[name] = rng.uniform(0.5, 2, shape).astype(np.float32)
         else:
-            out[name] = np.array(stored[name]).astype(ml_dtypes.bfloat16 if dtype == "BF16" else np.float32)
+            out[name] = stored[name].astype(ml_dtypes.bfloat16 if dtype == "BF16" else np.float32)
     save_file(out, folder / "model.safetensors")
 
 
@@ -157,7 +157,7 @@ def test_dequantise_by_hand() -> None:
 
 def test_fp8_folder_is_dequantised(folder: pathlib.Path) -> None:
     quantise(folder, (4, 3))
-    stored = safetensors_io.open_folder(folder)
+    stored = read(folder)
     name = "model.layers.2.mlp.experts.5.down_proj.weight"
     want = fp8.dequantise(stored[name], stored[name + "_scale_inv"], (4, 3)).T
     _, exact = convert.load(folder, dtype="float32")
@@ -184,9 +184,52 @@ def test_folder_without_its_mtp_layer_loads_without_one(folder: pathlib.Path) ->
 
 
 def test_extra_files_and_fields_travel(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
     fields = {"bos_token_id": 3, "eos_token_id": 5, "vocab_size": 7}
-    convert.save(random_tree(DEEPSEEK), DEEPSEEK, tmp_path / "a/b", [tmp_path / "tokenizer.json"], hf_fields=fields)
+    convert.save(random_tree(DEEPSEEK), DEEPSEEK, tmp_path / "a/b", {"tokenizer.json": b"{}"}, hf_fields=fields)
     assert (tmp_path / "a/b/tokenizer.json").read_text() == "{}"
     hf = json.loads((tmp_path / "a/b/config.json").read_text())
     assert (hf["eos_token_id"], hf["vocab_size"], hf["torch_dtype"]) == (5, 40, "float32")
+
+
+def test_fp8_out_and_in_is_within_half_a_step(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((10, 13)) * np.exp2(rng.integers(-4, 4, (10, 13)))).astype(np.float32)
+    weight[:4, :3] = 0
+    values, scale = fp8.quantise(weight, (4, 3))
+    back = fp8.dequantise(values, scale, (4, 3))
+    by_value = np.repeat(np.repeat(scale, 4, 0), 3, 1)[:10, :13]
+    assert np.abs(values.astype(np.float32)).max() == 448 and not back[:4, :3].any()
+    # A step of e4m3 is an eighth of the power of two below; under 2^-6 it is 2^-9.
+    step = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(weight / by_value), 1e-9))), -6) - 3) * by_value
+    assert (np.abs(back - weight) <= step / 2 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_folder_comes_back(folder: pathlib.Path, tmp_path: pathlib.Path, dtype: str) -> None:
+    quantise(folder, (4, 3))
+    config, tree = convert.load(folder, dtype=dtype)
+    convert.save(tree, config, tmp_path / "again", dtype="bfloat16", block=(4, 3))
+    before, after = read(folder), read(tmp_path / "again")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name + fp8.SCALE not in before:
+            if not name.endswith(fp8.SCALE):
+                np.testing.assert_array_equal(after[name], tensor, err_msg=name)
+            continue
+        want = fp8.dequantise(tensor, before[name + fp8.SCALE], (4, 3))
+        got = fp8.dequantise(after[name], after[name + fp8.SCALE], (4, 3))
+        scale = np.repeat(np.repeat(before[name + fp8.SCALE], 4, 0), 3, 1)[: want.shape[0], : want.shape[1]]
+        ulp = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(want / scale), 1e-9))), -6) - 3) * scale
+        assert (np.abs(got - want) <= ulp).all(), name
+    hf = json.loads((tmp_path / "again/config.json").read_text())
+    assert hf["quantization_config"]["weight_block_size"] == [4, 3] and hf["torch_dtype"] == "bfloat16"
+    assert convert.tensor_plan(hf) == {
+        name: (t.shape, {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32"}[t.dtype.name])
+        for name, t in after.items()
+    }
+
+
+def test_fp8_is_for_deepseek_kinds(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="FP8 blocks are for DeepSeek kinds; this model is a qwen3"):
+        convert.save(random_tree(CONFIGS["qwen3"]), CONFIGS["qwen3"], tmp_path / "out", block=fp8.RELEASED)
+    assert not (tmp_path / "out").exists()

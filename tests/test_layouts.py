@@ -1,7 +1,6 @@
 """Laws of the mesh: every layout computes what one device computes, and an impossible one names the key to change."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -64,7 +63,7 @@ def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dic
     """Record and gradient of one RL update."""
     program = updates.Program(config, layout, router_bias_rate=0.01)
     update = jit(updates.make_rl_update(program, grpo.GrpoConfig(kl_coef=0), DESCENT, 25))
-    policy = run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, pathlib.Path())
+    policy = run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, None)
     state, _ = run.training_state(policy, layout, DESCENT)
     arrays, n = minibatch(config)
     assert n == 2

@@ -238,3 +238,17 @@ def test_the_log_does_not_import_torch(opened, tmp_path):
         pytest.skip("another test has imported torch")
     opened(tmp_path, "a")
     assert "torch" not in sys.modules
+
+
+def test_reading_is_told_every_ten_seconds_and_not_at_all_when_it_is_quick(monkeypatch):
+    clock = iter([0.0, 0.5, 2.5, 4.0, 11.0, 12.6, 30.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with metrics.reading("weights from gs://x", out) as show:
+        for done in range(1, 7):
+            show(done * 10**9, 8 * 10**9)
+    assert out.getvalue().splitlines() == [
+        "weights from gs://x: 2.0 of 8.0 GB, 0.80 GB/s",
+        "weights from gs://x: 5.0 of 8.0 GB, 0.40 GB/s",
+        "weights from gs://x: 6.0 of 8.0 GB, 0.20 GB/s",
+    ]

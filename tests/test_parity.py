@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import one_device
 
+from r1jax.draw import DrawConfig
 from r1jax.model import convert, safetensors_io, transformer
 from r1jax.model.config import ModelConfig
+from r1jax.sampler import sample
+from r1jax.slots import SamplerConfig, Verbs
+from r1jax.types import Request
 
 torch = pytest.importorskip(
     "torch", reason="torch is not here (extra [test], Python 3.11): no reference to compare with"
@@ -44,6 +49,8 @@ DEEPSEEK = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64}
+V2 = {key: value for key, value in DEEPSEEK.items() if key not in ("n_group", "topk_group", "num_nextn_predict_layers")}
+V2 |= {"model_type": "deepseek_v2", "norm_topk_prob": False}
 ROUTED = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3, YaRN, low-rank query": {
@@ -57,6 +64,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "n_group": 1,
         "topk_group": 1,
+    },
+    "deepseek_v2, greedy": {**V2, "topk_method": "greedy", "q_lora_rank": None, "routed_scaling_factor": 1.5},
+    "deepseek_v2, groups, YaRN": {
+        **V2,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 24,
+        "routed_scaling_factor": 2.0,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     },
     "qwen2, tied": {**HEADS, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3, YaRN": {**HEADS, "model_type": "qwen3", "head_dim": 12, "rope_scaling": YARN},
@@ -140,6 +157,20 @@ def test_greedy_decoding(saved: Saved) -> None:
     # Each of their tokens is our likeliest after the ones before it, so ours would be the same text.
     chosen = saved.ours(theirs).argmax(-1)
     np.testing.assert_array_equal(chosen[:, -65:-1], theirs[:, -64:])
+
+
+def test_sampled_log_probabilities(saved: Saved) -> None:
+    sizes = SamplerConfig(slots=4, tokens_per_dispatch=16, cache_bucket=32, prefill_prompts=2)
+    verbs = Verbs(saved.config, sizes, DrawConfig(), one_device()["decode"], [-1])
+    rng = np.random.default_rng(4)
+    prompts = [tuple(rng.integers(0, saved.config.vocab_size, n).tolist()) for n in (9, 40)]
+    requests = [Request(i, member, ids) for i, ids in enumerate(prompts) for member in range(2)]
+    for done in sample(verbs, saved.params, requests, jax.random.key(0), 48):
+        n = len(prompts[done.prompt])
+        with torch.no_grad():
+            logits = saved.model(torch.tensor([[*prompts[done.prompt], *done.tokens.tolist()]])).logits[0, n - 1 : -1]
+        want = torch.log_softmax(logits, -1).numpy()[np.arange(48), done.tokens]
+        np.testing.assert_allclose(done.logp, want, atol=1e-4, rtol=0)
 
 
 def test_export_is_their_model(saved: Saved, tmp_path: pathlib.Path) -> None:

@@ -36,7 +36,9 @@ ORDER = [
     "packing",
     "writers",
     "countdown",
+    "fast_tokenizer",
     "text",
+    "chat",
     "checkpoint",
     "metrics",
     "report",
@@ -46,9 +48,23 @@ ORDER = [
     "model",
     "sharding",
     "hosts",
+    "folders",
     "types",
 ]
-JAX_FREE = ["corpus", "rewards", "data", "sources", "packing", "writers", "countdown", "text", "types"]
+JAX_FREE = [
+    "corpus",
+    "rewards",
+    "data",
+    "sources",
+    "packing",
+    "writers",
+    "countdown",
+    "fast_tokenizer",
+    "text",
+    "chat",
+    "folders",
+    "types",
+]
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 PROCESS_WORDS = {
     "addressable_data",

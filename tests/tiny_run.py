@@ -81,7 +81,7 @@ def make_policy(folder: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     shapes = transformer.shapes(POLICY)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
-    convert.save(params, POLICY, folder, extra_files=[pipeline.BASE / "tokenizer.model"])
+    convert.save(params, POLICY, folder, {"tokenizer.model": (pipeline.BASE / "tokenizer.model").read_bytes()})
     (folder / "rewards.py").write_text(REWARDS)
 
 

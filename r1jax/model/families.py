@@ -22,6 +22,7 @@ class Family:
         implied: ours -> the value that the family stands for without saying so.
         only: their field -> the one value we compute, meant also where it is absent.
         ignored: their fields that follow from others or do not reach the forward pass.
+        choices: their field -> what each value that we compute means in ours; the first is meant where it is absent.
     """
 
     architecture: str
@@ -30,6 +31,7 @@ class Family:
     only: Mapping[str, Any]
     optional: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    choices: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -60,14 +62,22 @@ _HEADS_OPTIONAL = {**_EVERY_OPTIONAL, "head_dim": ("head_dim", 0)}  # zero: hidd
 _NO_WINDOW = {"use_sliding_window": False}
 _WINDOW_SHAPE = ("sliding_window", "max_window_layers", "layer_types")  # read only where use_sliding_window is true
 
+_GIVEN = object()  # a choice takes the value of the field of that name
+_LATENT = _same("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_DEEPSEEK_EXPERTS = _same(
+    *("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
+    *("first_k_dense_replace", "routed_scaling_factor"),
+)
+_DEEPSEEK_IGNORED = ("num_key_value_heads", "head_dim", "qk_head_dim", "ep_size", "aux_loss_alpha", "seq_aux")
+
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
         fields={
             **_EVERY,
-            **_same("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-            **_same("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
-            **_same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
+            **_LATENT,
+            **_DEEPSEEK_EXPERTS,
+            **_same("n_group", "topk_group", "norm_topk_prob"),
         },
         optional={
             **_EVERY_OPTIONAL,
@@ -83,7 +93,35 @@ FAMILIES: dict[str, Family] = {
             "scoring_func": "sigmoid",
             "rope_interleave": True,
         },
-        ignored=("num_key_value_heads", "head_dim", "qk_head_dim", "ep_size", "aux_loss_alpha", "seq_aux"),
+        ignored=_DEEPSEEK_IGNORED,
+    ),
+    # V2-Lite routes greedily, V2 within groups; gates are probabilities as they are (arXiv 2405.04434, section 2.2).
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        fields={**_EVERY, **_LATENT, **_DEEPSEEK_EXPERTS},
+        optional={**_EVERY_OPTIONAL, "q_lora_rank": ("q_lora_rank", None)},
+        implied={
+            "attention": "mla",
+            "scoring_func": "softmax",
+            "group_score": "max",
+            "norm_topk_prob": False,
+            "router_bias": False,
+        },
+        only={
+            **_EVERY_ONLY,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": False,
+            "scoring_func": "softmax",
+        },
+        choices={
+            "topk_method": {
+                "greedy": {"n_group": 1, "topk_group": 1},
+                "group_limited_greedy": {"n_group": _GIVEN, "topk_group": _GIVEN},
+            }
+        },
+        ignored=(*_DEEPSEEK_IGNORED, "n_group", "topk_group"),  # read where topk_method says so
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -180,7 +218,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             )
         if name == "layer_types" and set(value) != {"full_attention"}:
             raise ValueError(f"config.json has layer_types {sorted(set(value))}; r1jax computes only 'full_attention'")
-        known = (family.fields, family.optional, family.only, family.ignored, _EVERY_IGNORED)
+        known = (family.fields, family.optional, family.only, family.choices, family.ignored, _EVERY_IGNORED)
         if not any(name in names for names in known):
             raise ValueError(
                 f"config.json has {name} = {value!r}, which r1jax does not know for {kind} and which may change the "
@@ -190,6 +228,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json of a {kind} model lacks {', '.join(missing)}")
     ours = {field: given[name] for name, field in family.fields.items()}
     ours |= {field: given.get(name, absent) for name, (field, absent) in family.optional.items()}
+    for name, values in family.choices.items():
+        ours |= _chosen(kind, name, values, given)
     if "head_dim" in ours and not ours["head_dim"]:
         ours["head_dim"] = ours["hidden_size"] // ours["num_attention_heads"]
     if ours.get("num_nextn_predict_layers", 0) > 1:
@@ -197,6 +237,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             f"config.json has num_nextn_predict_layers = {ours['num_nextn_predict_layers']}; r1jax computes 0 or 1"
         )
     return ModelConfig(**ours, **family.implied, rope=_rope_from_hf(given))
+
+
+def _chosen(kind: str, name: str, values: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the value of one of a family's `choices` means."""
+    value = given.get(name, next(iter(values)))
+    if value not in values:
+        raise ValueError(f"config.json has {name} = {value!r}; r1jax computes {', '.join(values)} for {kind}")
+    if missing := [field for field, there in values[value].items() if there is _GIVEN and field not in given]:
+        raise ValueError(f"config.json of a {kind} model with {name} {value!r} lacks {', '.join(missing)}")
+    return {field: given[field] if there is _GIVEN else there for field, there in values[value].items()}
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -212,6 +262,13 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         hf |= {name: getattr(config, field) for name, (field, _) in family.optional.items()}
         hf |= {name: value for name, value in family.only.items() if name != "partial_rotary_factor"}
         hf |= _rope_to_hf(config.rope)
+        for name, values in family.choices.items():
+            fits = [
+                value
+                for value, fields in values.items()
+                if all(there in (_GIVEN, getattr(config, field)) for field, there in fields.items())
+            ]
+            hf |= {name: fits[0]} | {field: getattr(config, field) for field in values[fits[0]]}
         if config.attention == "mla":
             hf["num_key_value_heads"] = config.num_attention_heads
         try:

@@ -1,19 +1,24 @@
-"""Folders of safetensors: mapped into memory, mistakes found from the headers alone, written whole or not at all.
+"""Folders of safetensors: mistakes found from the headers alone, rows read on demand, written whole or not at all.
 
-Files are mapped here and not opened by the `safetensors` package, so that a slice along any axis reads only the pages
-it touches and FP8 tensors open in numpy; writing is the package's. The format: github.com/huggingface/safetensors.
+Files are read here and not by the `safetensors` package, so that a range of rows costs no more than its bytes, from a
+bucket as from a disk, and FP8 tensors open in numpy; they are written here so that one tensor at a time is held in
+memory. The format: github.com/huggingface/safetensors.
 """
 
+import concurrent.futures
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+
+from r1jax.folders import Folder, folder_at
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -26,20 +31,54 @@ INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def open_folder(folder: pathlib.Path) -> dict[str, np.memmap]:
-    """Every tensor of a folder by name, read only; nothing but the headers is read yet.
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: what the header says of it."""
+
+    folder: Folder
+    file: str
+    name: str
+    start: int  # byte at which it begins in the file
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.folder.path(self.file)}: {self.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, the smallest part that is read."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def read(self, first: int = 0, last: int | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
+        """Rows `first` up to `last`; in `buffer` (bytes, large enough) if given."""
+        last = self.shape[0] if last is None else last
+        size = (last - first) * self.row_bytes
+        raw = np.empty(size, np.uint8) if buffer is None else buffer[:size]
+        self.folder.read_into(self.file, self.start + first * self.row_bytes, raw)
+        return raw.view(self.dtype).reshape(last - first, *self.shape[1:])
+
+
+def open_folder(path: str | os.PathLike[str] | Folder) -> dict[str, Stored]:
+    """Every tensor of a folder by name; nothing but the headers is read.
 
     Raises:
         ValueError: no such folder, no safetensors in it, a missing, truncated or malformed file, an index that does not
             agree with its shards.
     """
-    if not folder.is_dir():
+    folder = folder_at(path)
+    if not folder.exists():
         raise ValueError(f"model folder {folder} does not exist; change model.path")
-    if (folder / INDEX).is_file():
+    if folder.has(INDEX):
         return _open_shards(folder)
-    if (folder / SINGLE).is_file():
-        return open_file(folder / SINGLE)
-    if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
+    if folder.has(SINGLE):
+        return open_file(folder, SINGLE)
+    if pickles := [name for name in folder.names() if name.endswith(_PICKLES)]:
         raise ValueError(
             f"{folder} holds pickled weights only ({pickles[0]}), which can run code when read; "
             "convert them to safetensors"
@@ -47,149 +86,193 @@ def open_folder(folder: pathlib.Path) -> dict[str, np.memmap]:
     raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
-def _open_shards(folder: pathlib.Path) -> dict[str, np.memmap]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+def _open_shards(folder: Folder) -> dict[str, Stored]:
+    index = folder.path(INDEX)
+    weight_map = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{folder / INDEX} has no weight_map from tensor names to files")
+        raise ValueError(f"{index} has no weight_map from tensor names to files")
     files = sorted(set(weight_map.values()))
     if outside := [file for file in files if pathlib.PurePath(file).name != file]:
-        raise ValueError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of its folder")
-    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file of its folder")
+    there = set(folder.names())
+    if missing := [file for file in files if file not in there]:
         raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} shards: {listed(missing)}")
-    shards = {file: open_file(folder / file) for file in files}
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # from a bucket, each header is a round trip
+        shards = dict(zip(files, pool.map(partial(open_file, folder), files), strict=True))
     if absent := [name for name, file in weight_map.items() if name not in shards[file]]:
-        raise ValueError(f"{folder / INDEX} names tensors that their shards do not hold: {listed(absent)}")
+        raise ValueError(f"{index} names tensors that their shards do not hold: {listed(absent)}")
     if extra := [name for file, held in shards.items() for name in held if weight_map.get(name) != file]:
         raise ValueError(f"{folder}: shards hold tensors that {INDEX} does not place there: {listed(extra)}")
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
-def open_file(file: pathlib.Path) -> dict[str, np.memmap]:
-    """The tensors of one file by name, mapped read only.
+def open_file(folder: Folder, name: str) -> dict[str, Stored]:
+    """The tensors of one file by name.
 
     Raises:
         ValueError: truncated, malformed, or with a dtype that is no weight's.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
-        if size < 8 or start > size:
-            raise ValueError(f"{file} is truncated or no safetensors file: {size} bytes, its header needs {start}")
-        try:
-            header = json.loads(stream.read(start - 8))
-            header.pop("__metadata__", None)
-            spans = {name: (t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for name, t in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} has a malformed header: {error}") from error
+    file, size = folder.path(name), folder.size(name)
+    start = 8 + int.from_bytes(folder.read(name, 0, 8), "little")
+    if size < 8 or start > size:
+        raise ValueError(f"{file} is truncated or no safetensors file: {size} bytes, its header needs {start}")
+    try:
+        header = json.loads(folder.read(name, 8, start))
+        header.pop("__metadata__", None)
+        spans = {tensor: (t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for tensor, t in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} has a malformed header: {error}") from error
     end = 0
-    for name, (dtype, shape, begin, stop) in sorted(spans.items(), key=lambda span: span[1][2:]):
+    for tensor, (dtype, shape, begin, stop) in sorted(spans.items(), key=lambda span: span[1][2:]):
         if dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is {dtype}; r1jax reads {', '.join(DTYPES)}")
+            raise ValueError(f"{file}: {tensor} is {dtype}; r1jax reads {', '.join(DTYPES)}")
         if begin != end or stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(
-                f"{file}: the header places {name} {shape} {dtype} at bytes {begin} to {stop}, after {end}"
+                f"{file}: the header places {tensor} {shape} {dtype} at bytes {begin} to {stop}, after {end}"
             )
         end = stop
     if start + end != size:
         raise ValueError(f"{file} is truncated or altered: {size} bytes, its header describes {start + end}")
-    raw = np.memmap(file, np.uint8, mode="r")
     return {
-        name: raw[start + begin : start + stop].view(DTYPES[dtype]).reshape(shape)
-        for name, (dtype, shape, begin, stop) in spans.items()
+        tensor: Stored(folder, name, tensor, start + begin, DTYPES[dtype], shape)
+        for tensor, (dtype, shape, begin, _) in spans.items()
     }
 
 
-def read_config(folder: pathlib.Path) -> dict:
+def read_config(path: str | os.PathLike[str] | Folder) -> dict:
     """The folder's `config.json`.
 
     Raises:
         ValueError: missing or malformed.
     """
-    if not folder.is_dir():
+    folder = folder_at(path)
+    if not folder.exists():
         raise ValueError(f"model folder {folder} does not exist; change model.path")
-    if not (folder / "config.json").is_file():
+    if not folder.has("config.json"):
         raise ValueError(f"{folder} has no config.json; model.path must be a Hugging Face model folder")
-    return _read_json(folder / "config.json")
+    return _read_json(folder, "config.json")
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def _read_json(folder: Folder, name: str) -> dict:
     try:
-        out = json.loads(file.read_text("utf-8"))
+        out = json.loads(folder.text(name))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{folder.path(name)} is not JSON: {error}") from error
     if not isinstance(out, dict):
-        raise ValueError(f"{file} must hold a JSON object")
+        raise ValueError(f"{folder.path(name)} must hold a JSON object")
     return out
 
 
-Tensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, and how to make it
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor to write: what its header says, and how to make it."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_folder(
     folder: pathlib.Path,
     tensors: Sequence[Tensor],
     config: Mapping,
-    extra_files: Sequence[pathlib.Path] = (),
+    files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """A model folder, built under a temporary name beside its own and renamed when it is complete.
 
-    One shard is held in memory at a time. Above `max_shard_bytes` in all there are several, with an index.
+    One tensor is held in memory at a time. Above `max_shard_bytes` in all there are several shards, with an index.
+
+    Args:
+        files: content of further files by name.
 
     Raises:
-        ValueError: the folder exists and is not empty, an extra file is missing or would replace one of ours.
+        ValueError: the folder exists and is not empty, or a further file would replace one of ours.
         OSError: the disk is too small, or fails; nothing is left under the folder's name.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another place to export to")
-    for file in extra_files:
-        if not file.is_file():
-            raise ValueError(f"extra file {file} does not exist")
-        if file.name in ("config.json", INDEX) or file.suffix == ".safetensors":
-            raise ValueError(f"extra file {file} would replace what is exported")
+    check_free(folder)
+    for name in files or ():
+        if name in ("config.json", INDEX) or name.endswith(".safetensors"):
+            raise ValueError(f"extra file {name} would replace what is exported")
     shards = _shards(tensors, max_shard_bytes)
-    total = sum(size for _, size, _ in tensors)
+    total = sum(tensor.nbytes for tensor in tensors)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder.parent).free) < total:
         raise OSError(f"{folder.parent} has {free} bytes free, the model needs {total}")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    unfinished = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     try:
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            # transformers refuses files that do not name the framework of their layout.
-            save_file({name: make() for name, _, make in shard}, partial / file, metadata={"format": "pt"})
-            weight_map |= {name: file for name, _, _ in shard}
+            _write_file(unfinished / file, shard)
+            weight_map |= {tensor.name: file for tensor in shard}
         if len(shards) > 1:
-            _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(partial / "config.json", config)
-        for file in extra_files:
-            shutil.copyfile(file, partial / file.name)
-        for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write(unfinished / INDEX, _json(index))
+        for name, content in {"config.json": _json(config), **(files or {})}.items():
+            _write(unfinished / name, content)
+        unfinished.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{folder} could not be written: {error.strerror or error}") from error
         raise
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raises ValueError where the folder exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another place to export to")
+
+
+def _write_file(file: pathlib.Path, tensors: Sequence[Tensor]) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # transformers refuses files that do not name the framework of their layout.
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        span = [end, end := end + tensor.nbytes]
+        header[tensor.name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            made = np.ascontiguousarray(tensor.make())
+            assert (made.dtype, made.shape) == (tensor.dtype, tensor.shape), tensor.name
+            stream.write(made.reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _shards(tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
     held = 0
     for tensor in tensors:
-        if shards[-1] and held + tensor[1] > max_shard_bytes:
+        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
             shards.append([])
             held = 0
         shards[-1].append(tensor)
-        held += tensor[1]
+        held += tensor.nbytes
     return shards
 
 
-def _write_json(file: pathlib.Path, value: Mapping) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+def _json(value: Mapping) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def listed(names: list[str], shown: int = 3) -> str:

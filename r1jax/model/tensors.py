@@ -101,7 +101,7 @@ FLOAT32_LEAVES = ("router", "router_bias")
 FLOAT32_STORED = ("e_score_correction_bias",)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
     """A row placed in a model: the tensors that stack up to leaves of ours.
 
@@ -195,6 +195,18 @@ def our_shape(row: Row, leaf: str, size: Sizes) -> tuple[int, ...]:
     return tuple(_size(terms, size) for terms in _factors(row.ours[leaf]))
 
 
+def leading(row: Row) -> str | None:
+    """The letter that the stored rows run over first, along which a tensor can be read in pieces; None if it is sorted
+    on the way, as "(c+r~)" is."""
+    first = _factors(row.stored)[0]
+    return first[0] if len(first) == 1 else None
+
+
+def axis_of(row: Row, leaf: str, letter: str) -> int:
+    """Which axis of a leaf of ours that letter is."""
+    return _factors(row.ours[leaf]).index((letter,))
+
+
 def _view(tensor: np.ndarray, row: Row, leaf: str, size: Sizes) -> tuple[np.ndarray, tuple]:
     """The part of a stored tensor that a leaf holds, viewed with our axes, and the index that sorts its rotary part."""
     factors = _factors(row.stored)
@@ -206,7 +218,7 @@ def _view(tensor: np.ndarray, row: Row, leaf: str, size: Sizes) -> tuple[np.ndar
         order.append(axis)
         if len(terms) < len(there):
             start = _size(there[: there.index(terms[0])], size)
-            split = np.moveaxis(np.moveaxis(split, axis, 0)[start : start + _size(terms, size)], 0, axis)
+            split = split[(slice(None),) * axis + (slice(start, start + _size(terms, size)),)]
         if there[-1].endswith("~"):
             plain, rotary = np.arange(_size(there[:-1], size)), np.arange(_size(there[-1:], size))
             index.append(np.concatenate([plain, len(plain) + rotary[0::2], len(plain) + rotary[1::2]]))

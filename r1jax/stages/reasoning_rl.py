@@ -1,5 +1,7 @@
 """Reasoning RL (R1 report, section 2.2): from the base, with accuracy and format as the only rewards, it is R1-Zero."""
 
+from functools import partial
+
 import jax
 from ml_collections import ConfigDict
 
@@ -52,7 +54,7 @@ def check_lengths(config: ConfigDict, policy: Policy, longest: int) -> None:
 def make_verbs(config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: draw.DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
     settings = SamplerConfig(**config.sampler)
-    return Verbs(policy.config, settings, drawing, layout, [policy.tokenizer.eos_id], config.model.cache_dtype)
+    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), config.model.cache_dtype)
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
@@ -82,6 +84,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         scan_unroll=config.model.scan_unroll,
         temperature=settings.temperature,
         router_bias_rate=config.optim.router_bias_rate,
+        lora=policy.lora,
     )
     row_tokens = settings.row_tokens or -(-longest // 128) * 128
     replay = settings.router_replay and policy.config.n_moe > 0
@@ -135,8 +138,8 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         moves = loops.Moves(
             sample=sample,
             evaluate=evaluation,
-            update=updates.make_rl_update(program, objective, optimizer, row_tokens + 1),
-            score=updates.make_score(program),
+            update=partial(updates.make_rl_update(program, objective, optimizer, row_tokens + 1), frozen=policy.frozen),
+            score=partial(updates.make_score(program), frozen=policy.frozen),
             to_decode=loops.decode_layout(policy, decode, config.model.compute_dtype),
         )
         params = loops.rl_loop(

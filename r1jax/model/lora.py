@@ -1,0 +1,130 @@
+"""Low-rank adapters (LoRA: arXiv 2106.09685) of attention and dense matrices: W + alpha / rank * B A.
+
+Adapters are a parameter tree of their own beside the frozen weights. They lie as PEFT stores them, A [rank, in] and B
+[out, rank] of the released matrices, stacked over layers; `merge` adds them to our leaves inside the loss, so that
+gradients that last and optimizer state exist for A and B alone and no layer knows of them. (qwix would rewrite modules
+as they run; ours are functions of plain trees, so that there is nothing to rewrite.)
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+from safetensors.numpy import save
+
+from r1jax import hosts
+from r1jax.model import tensors
+from r1jax.model.config import ModelConfig
+from r1jax.types import Params
+
+KEY = "adapters"  # the one top-level key of the tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Size and place of adapters; config.lora."""
+
+    rank: int
+    alpha: float  # the product of A and B counts alpha / rank times
+    targets: tuple[str, ...]  # released names of matrices: q_proj, gate_proj; see `modules`
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"config.lora has rank {self.rank} and alpha {self.alpha}; wanted both above zero")
+
+
+def modules(config: ModelConfig) -> dict[str, tensors.Entry]:
+    """Every matrix that an adapter may have, by stack and released module: "dense.self_attn.q_proj".
+
+    Routed experts have none, nor has the layer of multi-token prediction.
+    """
+    found = [e for e in tensors.entries(config) if e.row.matrix and len(e.lead) == 1 and not e.prefix.startswith("mtp")]
+    return {entry.prefix + entry.row.name.removesuffix(".weight"): entry for entry in found}
+
+
+def adapted(config: ModelConfig, lora: Lora) -> dict[str, tensors.Entry]:
+    """The modules that `lora.targets` name.
+
+    Raises:
+        ValueError: a target that this model has not.
+    """
+    there = modules(config)
+    known = {name.rpartition(".")[2] for name in there}
+    if unknown := [target for target in lora.targets if target not in known]:
+        raise ValueError(f"config.lora.targets has {unknown[0]!r}; this model has {', '.join(sorted(known))}")
+    if not lora.targets:
+        raise ValueError(f"config.lora.targets is empty; this model has {', '.join(sorted(known))}")
+    return {name: entry for name, entry in there.items() if name.rpartition(".")[2] in lora.targets}
+
+
+def shapes(config: ModelConfig, lora: Lora) -> Params:
+    """Shape and dtype of every adapter: a [layers, rank, in] and b [layers, out, rank], float32."""
+    size, out = tensors.sizes(config), {}
+    for name, entry in adapted(config, lora).items():
+        rows, columns = tensors.stored_shape(entry.row, size)
+        a, b = (*entry.lead, lora.rank, columns), (*entry.lead, rows, lora.rank)
+        out[name] = {"a": jax.ShapeDtypeStruct(a, jnp.float32), "b": jax.ShapeDtypeStruct(b, jnp.float32)}
+    return {KEY: out}
+
+
+def init(config: ModelConfig, lora: Lora, key: Array) -> Params:
+    """Adapters that change nothing yet: A uniform in ±1/sqrt(in) as PEFT draws it, B zero."""
+    like = shapes(config, lora)[KEY]
+    out = {}
+    for (name, pair), one in zip(like.items(), jax.random.split(key, len(like)), strict=True):
+        bound = 1 / math.sqrt(pair["a"].shape[-1])
+        a = jax.random.uniform(one, pair["a"].shape, minval=-bound, maxval=bound)
+        out[name] = {"a": a, "b": jnp.zeros(pair["b"].shape)}
+    return {KEY: out}
+
+
+def merge(frozen: Params, params: Params, config: ModelConfig, lora: Lora) -> Params:
+    """The whole model's weights: the frozen ones, those with an adapter as float32 sums."""
+    size, flat = tensors.sizes(config), flatten_dict(frozen, sep=".")
+    for name, entry in adapted(config, lora).items():
+        pair = params[KEY][name]
+        change = lora.alpha / lora.rank * jnp.einsum("lor,lri->loi", pair["b"], pair["a"])
+        for leaf, path, _ in tensors.leaves(entry, size):
+            ours = jax.vmap(lambda one, e=entry, leaf=leaf: tensors.to_ours(one, e.row, leaf, size))(change)
+            flat[path] = flat[path].astype(jnp.float32) + ours
+    return unflatten_dict(flat, sep=".")
+
+
+def save_peft(
+    params: Mapping, config: ModelConfig, lora: Lora, folder: str | os.PathLike[str], base: str | None = None
+) -> None:
+    """Leaves adapter_config.json and adapter_model.safetensors, which `peft` puts on the released model.
+
+    Args:
+        params: adapters, on the host.
+        base: name or path of the released model.
+    """
+    folder, weights, targets = pathlib.Path(folder), {}, []
+    for name, entry in adapted(config, lora).items():
+        targets.append(entry.row.name.removesuffix(".weight"))
+        for layer, stored in enumerate(entry.names):
+            module = f"base_model.model.{stored.removesuffix('.weight')}"
+            for theirs, ours in (("lora_A", "a"), ("lora_B", "b")):
+                weights[f"{module}.{theirs}.weight"] = np.ascontiguousarray(params[KEY][name][ours][layer])
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": sorted(set(targets)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    hosts.atomic_write(folder / "adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
+    hosts.atomic_write(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")

@@ -1,0 +1,140 @@
+"""Any stage's checkpoint becomes a released-model folder: the weights of the run, whole or not at all."""
+
+import json
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from folders import read
+from tiny_run import POLICY, ROOT, STAGE, execute, make_config, make_policy
+
+from r1jax import chat, export, text
+from r1jax.model import convert, fp8, transformer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """The run folders of a policy trained whole and of one trained by adapters, and where both began."""
+    made = tmp_path_factory.mktemp("runs")
+    make_policy(made / "policy")
+    short = {"rl__updates": 4, "eval__problems": 0, "grpo__kl_coef": 0.05}
+    execute(make_config(made / "policy", **short), made / "whole")
+    adapters = {"lora__rank": 2, "lora__targets": ("q_proj", "kv_b_proj", "o_proj", "down_proj")}
+    execute(make_config(made / "policy", **short, **adapters), made / "adapted")
+    return {name: made / name for name in ("policy", "whole", "adapted")}
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapted"])
+def test_the_newest_checkpoint_is_what_the_run_left(kind: str, finished: dict, tmp_path: pathlib.Path) -> None:
+    export.export(finished[kind], tmp_path / "out")
+    got, want, began = read(tmp_path / "out"), read(finished[kind] / "model"), read(finished["policy"])
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        np.testing.assert_allclose(got[name], tensor, atol=0 if kind == "whole" else 1e-6, rtol=0, err_msg=name)
+    moved = {name for name in got if not np.array_equal(got[name], began[name])}
+    if kind == "whole":
+        assert "model.embed_tokens.weight" in moved
+    else:
+        targets = ("q_proj", "kv_b_proj", "o_proj", "shared_experts.down_proj", "mlp.down_proj")
+        assert moved and all(name.endswith(tuple(f"{t}.weight" for t in targets)) for name in moved)
+
+
+def test_an_adapted_run_leaves_a_peft_folder_and_small_checkpoints(finished: dict) -> None:
+    folder = finished["adapted"] / "adapter"
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    described = json.loads((folder / "adapter_config.json").read_text())
+    assert described["r"] == 2 and described["base_model_name_or_path"] == str(finished["policy"])
+
+    def saved_bytes(kind: str) -> int:
+        return sum(f.stat().st_size for f in (finished[kind] / "checkpoints").rglob("*") if f.is_file())
+
+    assert saved_bytes("adapted") < saved_bytes("whole") / 2
+
+
+def test_steps_and_stages_are_chosen(finished: dict, tmp_path: pathlib.Path) -> None:
+    export.export(finished["whole"], tmp_path / "early", STAGE, 2)
+    export.export(finished["whole"], tmp_path / "late", step=4)
+    early, late = read(tmp_path / "early"), read(tmp_path / "late")
+    assert any(not np.array_equal(early[name], late[name]) for name in early)
+    for wrong, says in (
+        ({"stage": "distill"}, f"--stage=distill: .* there is {STAGE} at step 2, 4"),
+        ({"step": 3}, f"--step=3: .* there is {STAGE} at step 2, 4"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            export.export(finished["whole"], tmp_path / "none", **wrong)
+    with pytest.raises(ValueError, match="is no run folder"):
+        export.export(tmp_path / "absent", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    config = json.loads((finished["whole"] / "config.json").read_text())
+    (tmp_path / "empty/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"has no whole checkpoint of {STAGE} yet"):
+        export.export(tmp_path / "empty", tmp_path / "none")
+    (tmp_path / "empty/config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no run's config"):
+        export.export(tmp_path / "empty", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_lies_beside_the_weights(finished: dict, tmp_path: pathlib.Path) -> None:
+    export.export(finished["whole"], tmp_path / "out", dtype="bfloat16")
+    tokenizer = text.load_tokenizer(tmp_path / "out")
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == ids
+    hf = json.loads((tmp_path / "out/config.json").read_text())
+    assert ids.items() <= hf.items() and hf["torch_dtype"] == "bfloat16"
+    source = (tmp_path / "out/chat_template.jinja").read_text()
+    talk = [{"role": "user", "content": "What is 2+2?"}]
+    want = text.render_prompt("r1_zero", "What is 2+2?")
+    assert chat.Template(source).render(talk, add_generation_prompt=True).rstrip("\n") == want
+    assert {t.dtype.name for name, t in read(tmp_path / "out").items() if "bias" not in name} == {"bfloat16"}
+
+
+def test_fp8_blocks_are_within_half_a_step(finished: dict, tmp_path: pathlib.Path) -> None:
+    export.export(finished["whole"], tmp_path / "out", dtype="bfloat16", in_fp8=True)
+    got, want = read(tmp_path / "out"), read(finished["whole"] / "model")
+    quantised = [name for name in got if name + fp8.SCALE in got]
+    assert len(quantised) > 10 and not any("norm" in name or "embed" in name for name in quantised)
+    for name in quantised:
+        values = fp8.dequantise(got[name], got[name + fp8.SCALE], fp8.RELEASED)
+        assert np.abs(values - want[name]).max() <= np.abs(want[name]).max() / 28, name
+    config, tree = convert.load(tmp_path / "out", dtype="float32")
+    assert config == POLICY and jax.tree.leaves(tree)[0].dtype == np.float32
+
+
+def test_an_existing_folder_and_a_full_disk_leave_everything_as_it_was(finished: dict, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("here before")
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        export.export(finished["whole"], tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+    shutil.rmtree(tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # refuses bytes as a full disk does
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path / 'out'} could not be written: File too large"):
+            export.export(finished["whole"], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_transformers_computes_the_same(finished: dict, tmp_path: pathlib.Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not here: no reference to compare with")
+    transformers = pytest.importorskip("transformers", reason="transformers is not here: no reference to compare with")
+    words = [sys.executable, "-m", "r1jax.export", f"--workdir={finished['adapted']}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{tmp_path / 'out'} holds " in done.stdout, done.stderr
+    config, params = convert.load(finished["adapted"] / "model")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(transformer.forward(params, config, jnp.asarray(tokens)), want, atol=1e-4, rtol=0)
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.startswith("r1jax: ") and "not an empty folder" in again.stderr
