@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             "lora": {
                 "rank": 0,  # of the adapters' matrices; 0: no adapters, every weight is trained
                 "alpha": 16.0,  # an adapter counts alpha / rank times
-                "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+                "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # matrices
             },
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},

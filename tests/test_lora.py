@@ -128,9 +128,14 @@ def test_only_adapters_are_trained(mesh: dict | None) -> None:
         np.testing.assert_array_equal(new["a"], pair["a"], err_msg="while B is zero, A has no gradient")
         np.testing.assert_allclose(new["b"], -grads[lora.KEY][name]["b"], atol=1e-6, rtol=1e-4, err_msg=name)
         assert np.abs(new["b"]).max() > 3e-4 and np.abs(newer["a"] - new["a"]).max() > 1e-8
-    # Scoring and decoding see the merged weights.
-    logp = updates.make_score(program)(stepped["policy"], placed, 1, frozen)
-    assert -float((logp * placed["is_completion"]).sum()) / 88 < float(sums["loss"])
+    # Scoring sees the merged weights.
+    score, strong = jit(updates.make_score(program)), random_adapters(QWEN, asked)
+    means = [
+        -float(jnp.where(placed["is_completion"], score(adapters, placed, 1, frozen), 0).sum()) / 88
+        for adapters in (fresh, strong)
+    ]
+    np.testing.assert_allclose(means, [loss(fresh), loss(strong)], rtol=1e-4)
+    assert abs(means[0] - means[1]) > 0.1
 
 
 @pytest.mark.parametrize(
