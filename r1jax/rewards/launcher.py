@@ -205,7 +205,7 @@ def _watch(
 
 def _run(request: dict[str, Any], folder: str, applied: set[str], is_bounded: bool) -> dict[str, Any]:
     stdin = os.memfd_create("stdin")
-    os.write(stdin, request["stdin"].encode("utf-8", "surrogateescape")) if request["stdin"] else None
+    os.write(stdin, request["stdin"].encode("utf-8", "replace"))
     os.lseek(stdin, 0, os.SEEK_SET)
     pipes = [os.pipe() for _ in range(3)]
     start_s = time.monotonic()
@@ -268,7 +268,7 @@ def serve(descriptor: int, applied: set[str]) -> None:
             uid = request["uid"] = _own_user(folder) if "uid" in applied else None
             try:
                 for name, text in request["files"].items():
-                    with open(os.path.join(folder, name), "x", encoding="utf-8", errors="surrogateescape") as file:
+                    with open(os.path.join(folder, name), "x", encoding="utf-8", errors="replace") as file:
                         file.write(text)
                 answer = _run(request, folder, applied, mounts or "disk" not in applied)
             finally:
