@@ -78,6 +78,7 @@ def _confine(request: dict[str, Any], folder: str, applied: set[str]) -> None:
         layers.limit_resources(memory + OWN_BYTES, request["timeout_s"] + 1, request["disk_mb"] << 20, processes)
     if "uid" in applied:
         layers.become(request["uid"])
+    layers.end_with_parent()
     layers.gain_nothing()
     if "landlock" in applied:
         readable = [*READABLE, f"{sys.base_prefix}/lib", *(COMPILER_READABLE if compiles else ())]
@@ -240,7 +241,7 @@ def _clear(folder: str, uid: int | None) -> None:
 
 def serve(descriptor: int, applied: set[str]) -> None:
     """Answers requests on the socket `descriptor` until it is closed, then ends the process."""
-    layers.gain_nothing()  # above all: no longer than whoever started it
+    layers.gain_nothing()
     for name in PRELOADED:
         importlib.import_module(name)
     connection = socket.socket(fileno=descriptor)
