@@ -23,8 +23,8 @@ def test_the_three_shapes_of_a_test():
     assert verdicts(ADD, ["assert add(1, 2) == 3", "assert add(1, 2) == 4"]) == ("passed", "wrong")
     calls = [{"call": "add", "args": [1, 2], "expected": 3}, {"call": "add", "args": [[1], [2]], "expected": [1]}]
     assert verdicts(ADD, calls) == ("passed", "wrong")
-    streams = [{"input": "21\n", "output": "42"}, {"input": "1\n", "output": "3"}, {"input": "", "output": ""}]
-    assert verdicts(ECHO, streams) == ("passed", "wrong", "error")
+    streams = [{"input": text, "output": "42"} for text in ("21\n", "1\n", "", "\ud800")]
+    assert verdicts(ECHO, streams) == ("passed", "wrong", "error", "error")
     method = "class Solution:\n    def add(self, a, b): return (a, b)"
     assert verdicts(method, [{"call": "add", "args": [1, 2], "expected": [1, 2]}]) == ("passed",)
 

@@ -2,8 +2,11 @@
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +186,22 @@ def test_a_lost_launcher_is_replaced():
         threading.Timer(0.3, box._process.kill).start()
         assert box.run("import time; time.sleep(5)", 20.0, 256).reason == "died"
         assert box.run("print(1)", 20.0, 256).stdout == "1\n"
+
+
+def test_nothing_outlives_a_killed_trainer():
+    trainer = (
+        "import os, signal, threading; from r1jax.rewards.sandbox import Sandbox\n"
+        "box = Sandbox(); print(box._process.pid, flush=True)\n"
+        "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "print(box.run('while True: pass', 3.0, 256), flush=True)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", trainer], cwd=root, stdout=subprocess.PIPE, text=True)
+    launcher = Path("/proc") / done.stdout.strip() / "cmdline"
+    deadline_s = time.monotonic() + 120
+    while launcher.exists() and launcher.read_bytes() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not (launcher.exists() and launcher.read_bytes())
 
 
 def test_a_missing_layer_is_refused_unless_it_is_accepted(monkeypatch):

@@ -39,17 +39,20 @@ _COMMANDS = {
     "equiv": "≡", "cup": "∪", "in": "∈", "pm": "±", "mp": "∓", "infty": "∞", "colon": ":",
     "lbrace": "⦃", "rbrace": "⦄", "langle": "⟨", "rangle": "⟩", "lbrack": "[", "rbrack": "]",
     "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "lvert": "⎸", "rvert": "⎹", "vert": "|", "mid": "|",
+    **dict.fromkeys("rightarrow longrightarrow".split(), r"\to"), **dict.fromkeys("bmod pmod".split(), r"\mod"),
     "varnothing": r"\emptyset ", "varphi": r"\phi ", "varepsilon": r"\epsilon ", "dots": r"\ldots ",
     "cdots": r"\ldots ",
     "degree": r"^\circ ", "backslash": "", "newline": " ", "exponentialE": "e", "imaginaryI": "i",
 }  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(_COMMANDS)})(?![A-Za-z])")
 _SIZED_BAR = re.compile(r"\\(left|right)\s*(?:\\?\||\\[lr]?vert(?![A-Za-z]))")
-_OPERATOR = re.compile(r"\\(?:operatorname|mathop|mathrm|text)\s*\*?\s*\{\s*(ceil|floor|lcm|gcd|max|min|abs|exp)\s*\}")
+_OPERATOR = re.compile(
+    r"\\(?:operatorname|mathop)\s*\*?\s*\{\s*([A-Za-z]+)\s*\}|\\(?:mathrm|text)\s*\{(ceil|floor|lcm|gcd)\}"
+)
 _PHANTOM = re.compile(r"\\(?:[hv]?phantom|label|tag)\s*\{[^{}]*\}")
 _BOXED = re.compile(r"\\f?boxed\s*(?=\{)")
 
-_THOUSANDS_MARK = re.compile(r"(?<=\d)(?:\{,\}|,\\!|,\s?\\!)\s*(?=\d{3}(?!\d))")
+_THOUSANDS_MARK = re.compile(r"(?<=\d)(?:\{,\}|,\s?\\!|\\,)\s*(?=\d{3}(?!\d))")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _CURRENCY = re.compile(r"\s*[-+]?\s*(\\\$|\$(?=[^$]*$)|[€£¥₹])")
 _DEGREES = re.compile(r"(.*\S)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CF]?)\s*", re.DOTALL)
@@ -59,8 +62,8 @@ _TEXT_UNIT = re.compile(
 )
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?(\d{1,2})\}?")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
-_SUPER_SUB = re.compile(r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)")
-_LONE_BRACES = re.compile(r"(?<=[_^])\{(\w)\}")
+_SUPER_SUB = re.compile(r"\^(\{(?:[^{}]|\{[^{}]*\})*\}|\w)_(\{(?:[^{}]|\{[^{}]*\})*\}|\w)")
+_LONE_BRACES = re.compile(r"(?<=[_^])\{([\w+])\}")
 _OPTION = re.compile(r"\(([A-Za-z])\)|([A-Z])[).:]")
 _LEAD = re.compile(r"\s*(?:the\s+)?(?:final\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+(?=\S)", re.IGNORECASE)
 _NOTHING = re.compile(r"(?i)no(?:\s+real)?\s+solutions?|(?:the\s+)?empty\s+set|\\emptyset|⦃⦄|none")
@@ -131,7 +134,7 @@ def read(text: str) -> Reading:
     if not text.isascii():
         text = _ascii(re.sub(r"[€£¥₹]", "", text))
     text = _SIZED_BAR.sub(lambda m: "⎸" if m[1] == "left" else "⎹", text)
-    text = _OPERATOR.sub(r"\\\1 ", _PHANTOM.sub("", text)) if "\\" in text else text
+    text = _OPERATOR.sub(lambda m: f"\\{m[1] or m[2]} ", _PHANTOM.sub("", text)) if "\\" in text else text
     text = _separate_rows(text)
     text = _SPELLING.sub(lambda m: _SPELLINGS[m[0]], text)
     text = _COMMAND.sub(lambda m: _COMMANDS[m[1]], text).strip()
@@ -148,6 +151,7 @@ def read(text: str) -> Reading:
     text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"\s+", " ", _LEAD.sub("", text))).strip()
     if "_" in text:
         text = _LONE_BRACES.sub(r"\1", _SUPER_SUB.sub(r"_\2^\1", text))
+        text = _LONE_BRACES.sub(r"\1", text)
         if base := _BASE.fullmatch(text):
             return Reading(base[1], f"base {base[2]}")
     # Of a tuple (100,200) the comma separates; (1,000) is too rare to matter.

@@ -78,6 +78,7 @@ def _confine(request: dict[str, Any], folder: str, applied: set[str]) -> None:
         layers.limit_resources(memory + OWN_BYTES, request["timeout_s"] + 1, request["disk_mb"] << 20, processes)
     if "uid" in applied:
         layers.become(request["uid"])
+    layers.end_with_parent()
     layers.gain_nothing()
     if "landlock" in applied:
         readable = [*READABLE, f"{sys.base_prefix}/lib", *(COMPILER_READABLE if compiles else ())]
@@ -205,7 +206,7 @@ def _watch(
 
 def _run(request: dict[str, Any], folder: str, applied: set[str], is_bounded: bool) -> dict[str, Any]:
     stdin = os.memfd_create("stdin")
-    os.write(stdin, request["stdin"].encode("utf-8", "surrogateescape")) if request["stdin"] else None
+    os.write(stdin, request["stdin"].encode("utf-8", "replace"))
     os.lseek(stdin, 0, os.SEEK_SET)
     pipes = [os.pipe() for _ in range(3)]
     start_s = time.monotonic()
@@ -240,7 +241,7 @@ def _clear(folder: str, uid: int | None) -> None:
 
 def serve(descriptor: int, applied: set[str]) -> None:
     """Answers requests on the socket `descriptor` until it is closed, then ends the process."""
-    layers.gain_nothing()  # above all: no longer than whoever started it
+    layers.gain_nothing()
     for name in PRELOADED:
         importlib.import_module(name)
     connection = socket.socket(fileno=descriptor)
@@ -268,7 +269,7 @@ def serve(descriptor: int, applied: set[str]) -> None:
             uid = request["uid"] = _own_user(folder) if "uid" in applied else None
             try:
                 for name, text in request["files"].items():
-                    with open(os.path.join(folder, name), "x", encoding="utf-8", errors="surrogateescape") as file:
+                    with open(os.path.join(folder, name), "x", encoding="utf-8", errors="replace") as file:
                         file.write(text)
                 answer = _run(request, folder, applied, mounts or "disk" not in applied)
             finally:

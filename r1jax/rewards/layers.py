@@ -170,8 +170,12 @@ def become(uid: int) -> None:
 
 
 def gain_nothing() -> None:
-    """No setuid program gives anything from here on, and the process does not outlive the one that made it."""
+    """No setuid program gives anything from here on; seccomp and Landlock ask for that."""
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """The process does not outlive the one that made it. To be said after a change of user, which forgets it."""
     _call("prctl", _PR_SET_PDEATHSIG, 9, 0, 0, 0)
 
 

@@ -47,10 +47,13 @@ Values = tuple[Value, ...] | None
 
 
 def _fold(body: str) -> str:
-    """Case matters in a letter (a variable, a label) and in a command, not in a word."""
+    """Case matters in a letter (a variable, a label) and in a command, not in a word; nor do braces around brackets."""
     if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", body):
-        return re.sub(r"[\s.\-]+", "", body.casefold())
-    return re.sub(r"\s+", "", body) if "\\" in body else body
+        return re.sub(r"\s+|(?<=[a-z]{2})-(?=[a-z]{2})", "", body.casefold())
+    if "\\" in body or "{" in body:
+        body = re.sub(r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}", body).replace("{(", "(").replace(")}", ")")
+        return re.sub(r"\s+", "", body)
+    return re.sub(r"(?<=\b[A-Za-z]) (?=[A-Za-z]\b)", "", body)
 
 
 def _no_letter(name: str) -> Fraction:

@@ -13,6 +13,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 from r1jax.rewards import math
 from r1jax.rewards.pool import RewardPool
@@ -82,7 +83,7 @@ POISON = [
 ]
 
 
-def texts(seed: int) -> "list[str]":
+def texts(seed: int) -> Iterator[str]:
     """Endless hostile texts."""
     draw = random.Random(seed)
     real = (
