@@ -145,11 +145,11 @@ def make_rl_update(
     """One GRPO step: (state, minibatch, n, is_on_policy) to (state, sums for grpo.finish_metrics).
 
     The minibatch holds the arrays of packing.py and advantage, weights, sampler_logp, ref_logp when kl_coef is set,
-    old_logp, and replay for a MoE. Where `is_on_policy`, as for a rollout.s first minibatch, or without old_logp, the
+    old_logp, and replay for a MoE. Where `is_on_policy`, as for a rollout's first minibatch, or without old_logp, the
     policy's own log-probabilities stand for the old ones: the ratio is exactly one.
     """
 
-    def gradient(params: Params, micro: Batch, is_on_policy: Array) -> tuple[tuple[Array, dict], Params]:
+    def gradient(params: Params, micro: Batch, is_on_policy: Array | bool) -> tuple[tuple[Array, dict], Params]:
         def loss_of(params: Params) -> tuple[Array, dict]:
             out = _run(program, params, micro)
             weights = cast(params, program.compute_dtype)
@@ -175,7 +175,7 @@ def make_rl_update(
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch, n: Array, is_on_policy: Array = False) -> tuple[State, dict[str, Array]]:
+    def update(state: State, batch: Batch, n: Array, is_on_policy: Array | bool = False) -> tuple[State, dict[str, Array]]:
         with sharding.use(program.layout):
             return _step(program, optimizer, partial(gradient, is_on_policy=is_on_policy), state, batch, n)
 
