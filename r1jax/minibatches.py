@@ -67,7 +67,7 @@ def pack(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Arrays [M, B, T] of a minibatch, and how many of the M microbatches hold anything.
 
-    M is rounded up to a power of two, so that few programs are compiled; the empty ones are not computed.
+    M is rounded up to a power of four, so that few programs are compiled; the empty ones are not computed.
     """
     prompts: dict[tuple[int, ...], int] = {}
     for item in items:
@@ -99,7 +99,7 @@ def pack(
     if shape.replay:
         out["replay"] = place_inputs(rows, [i.sample.completion.experts for i in items], -1)
     n = len(rows.tokens) // shape.rows
-    capacity = 1 << (n - 1).bit_length()
+    capacity = 4 ** -((n - 1).bit_length() // -2)
 
     def stack(a: np.ndarray) -> np.ndarray:
         a = np.concatenate([a, np.zeros(((capacity - n) * shape.rows, *a.shape[1:]), a.dtype)])

@@ -162,7 +162,7 @@ def make_rl_update(
     """
 
     def gradient(
-        params: Params, micro: Batch, is_on_policy: Array, frozen: Params | None
+        params: Params, micro: Batch, is_on_policy: Array | bool, frozen: Params | None
     ) -> tuple[tuple[Array, dict], Params]:
         def loss_of(params: Params) -> tuple[Array, dict]:
             weights = _weights(program, params, frozen)
@@ -190,7 +190,7 @@ def make_rl_update(
 
     @partial(jax.jit, donate_argnums=0)
     def update(
-        state: State, batch: Batch, n: Array, is_on_policy: Array = False, frozen: Params | None = None
+        state: State, batch: Batch, n: Array, is_on_policy: Array | bool = False, frozen: Params | None = None
     ) -> tuple[State, dict[str, Array]]:
         one = partial(gradient, is_on_policy=is_on_policy, frozen=frozen)
         with sharding.use(program.layout):
