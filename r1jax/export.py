@@ -1,4 +1,4 @@
-"""The command: python -m r1jax.export --workdir=RUN --out=DIR [--stage=NAME] [--step=N] [--dtype=bfloat16] [--fp8]
+"""The command: python -m r1jax.export --checkpoint=RUN[/checkpoints/STAGE[/STEP]] --out=DIR [--dtype=bfloat16] [--fp8]
 
 A checkpoint of any stage as a released-model folder, which `transformers` loads with AutoModelForCausalLM.
 """
@@ -32,9 +32,19 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         config = json.loads((workdir / "config.json").read_text("utf-8"))
         return {"stages": config["stages"], "model": config["model"], **config}
     except FileNotFoundError:
-        raise ValueError(f"--workdir={workdir} is no run folder: it has no config.json") from None
+        raise ValueError(f"--checkpoint: {workdir} is no run folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{workdir / 'config.json'} is no run's config ({error!r})") from error
+
+
+def locate(folder: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None, int | None]:
+    """Run folder, stage and step of RUN, RUN/checkpoints/STAGE or RUN/checkpoints/STAGE/STEP; None: the last there is."""
+    path = pathlib.Path(folder).absolute()
+    if path.parent.name == "checkpoints":
+        return path.parent.parent, path.name, None
+    if path.parent.parent.name == "checkpoints" and path.name.isdigit():
+        return path.parent.parent.parent, path.parent.name, int(path.name)
+    return path, None, None
 
 
 def choose(workdir: pathlib.Path, stages: list[str], stage: str | None, step: int | None) -> tuple[str, int]:
@@ -51,9 +61,9 @@ def choose(workdir: pathlib.Path, stages: list[str], stage: str | None, step: in
     stage = stage or list(there)[-1]
     listed = "; ".join(f"{name} at step {', '.join(map(str, steps))}" for name, steps in there.items())
     if stage not in there:
-        raise ValueError(f"--stage={stage}: there is no checkpoint of it; there is {listed}")
+        raise ValueError(f"--checkpoint: there is none of stage {stage}; there is {listed}")
     if step is not None and step not in there[stage]:
-        raise ValueError(f"--step={step}: there is no checkpoint of it; there is {listed}")
+        raise ValueError(f"--checkpoint: there is none of step {step}; there is {listed}")
     return stage, there[stage][-1] if step is None else step
 
 
@@ -149,16 +159,15 @@ def main(arguments: list[str] | None = None) -> None:
     # The weights go through this host's memory, not that of its accelerators, of which a policy may need many.
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(prog="python -m r1jax.export", description=__doc__.split("\n", 2)[2].strip())
-    parser.add_argument("--workdir", required=True, help="a run's folder")
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, or checkpoints/STAGE or .../STEP in it")
     parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--stage", help="whose checkpoint; without it, the last that has one")
-    parser.add_argument("--step", type=int, help="optimizer step of the checkpoint; without it, the newest")
     parser.add_argument("--dtype", choices=DTYPES, help="of the tensors: float32 is exact; with --fp8 bfloat16")
     parser.add_argument("--fp8", action="store_true", help="matrices in 128 x 128 blocks of FP8 (DeepSeek kinds)")
     asked = parser.parse_args(arguments)
     dtype = asked.dtype or ("bfloat16" if asked.fp8 else "float32")
     try:
-        export(asked.workdir, asked.out, asked.stage, asked.step, dtype, asked.fp8)
+        workdir, stage, step = locate(asked.checkpoint)
+        export(workdir, asked.out, stage, step, dtype, asked.fp8)
     except (ValueError, OSError) as error:
         sys.exit(f"r1jax: {error}")
     print(f"{asked.out} holds {', '.join(sorted(path.name for path in pathlib.Path(asked.out).iterdir()))}")

@@ -77,7 +77,10 @@ BAD_FOLDERS = {
         f"{EXPERT} is FP8, but config.json has no quantization_config",
     ),
     "other quantisation": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "awq.*reads"),
-    "unknown kind": (lambda f: edit_config(f, model_type="mamba"), "'mamba'; r1jax reads deepseek_v3, deepseek_v2, qwen2"),
+    "unknown kind": (
+        lambda f: edit_config(f, model_type="mamba"),
+        "'mamba'; r1jax reads deepseek_v3, deepseek_v2, qwen2",
+    ),
     "unknown field": (lambda f: edit_config(f, logit_cap=30.0), "logit_cap = 30.0, which r1jax does not know"),
     "missing field": (lambda f: edit_config(f, kv_lora_rank=None), "lacks kv_lora_rank"),
     "unsupported value": (lambda f: edit_config(f, attention_bias=True), "attention_bias = True; r1jax computes only"),

@@ -63,11 +63,15 @@ def test_steps_and_stages_are_chosen(finished: dict, tmp_path: pathlib.Path) -> 
     early, late = read(tmp_path / "early"), read(tmp_path / "late")
     assert any(not np.array_equal(early[name], late[name]) for name in early)
     for wrong, says in (
-        ({"stage": "distill"}, f"--stage=distill: .* there is {STAGE} at step 2, 4"),
-        ({"step": 3}, f"--step=3: .* there is {STAGE} at step 2, 4"),
+        ({"stage": "distill"}, f"none of stage distill; there is {STAGE} at step 2, 4"),
+        ({"step": 3}, f"none of step 3; there is {STAGE} at step 2, 4"),
     ):
         with pytest.raises(ValueError, match=says):
             export.export(finished["whole"], tmp_path / "none", **wrong)
+    run_folder, stage_folder = finished["whole"], finished["whole"] / "checkpoints" / STAGE
+    assert export.locate(run_folder) == (run_folder, None, None)
+    assert export.locate(stage_folder) == (run_folder, STAGE, None)
+    assert export.locate(stage_folder / "2") == (run_folder, STAGE, 2)
     with pytest.raises(ValueError, match="is no run folder"):
         export.export(tmp_path / "absent", tmp_path / "none")
     (tmp_path / "empty").mkdir()
@@ -127,7 +131,7 @@ def test_an_existing_folder_and_a_full_disk_leave_everything_as_it_was(finished:
 def test_transformers_computes_the_same(finished: dict, tmp_path: pathlib.Path) -> None:
     torch = pytest.importorskip("torch", reason="torch is not here: no reference to compare with")
     transformers = pytest.importorskip("transformers", reason="transformers is not here: no reference to compare with")
-    words = [sys.executable, "-m", "r1jax.export", f"--workdir={finished['adapted']}", f"--out={tmp_path / 'out'}"]
+    words = [sys.executable, "-m", "r1jax.export", f"--checkpoint={finished['adapted']}", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"{tmp_path / 'out'} holds " in done.stdout, done.stderr
     config, params = convert.load(finished["adapted"] / "model")
