@@ -38,7 +38,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def locate(folder: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None, int | None]:
-    """Run folder, stage and step of RUN, RUN/checkpoints/STAGE or RUN/checkpoints/STAGE/STEP; None: the last there is."""
+    """Run folder, stage and step of RUN, RUN/checkpoints/STAGE or RUN/checkpoints/STAGE/STEP; None: the last."""
     path = pathlib.Path(folder).absolute()
     if path.parent.name == "checkpoints":
         return path.parent.parent, path.name, None
