@@ -201,19 +201,3 @@ GREEK = frozenset(
 WORDS = frozenset([*FUNCTIONS, *OF_LISTS, *CONSTANTS, *GREEK, "frac", "binom", "log"])
 CLOSING = {"(": ")", "{": "}", "[": "]", "⎸": "⎹", "|": "|", "⌊": "⌋", "⌈": "⌉"}
 AROUND = {"⎸": "abs", "|": "abs", "⌊": "floor", "⌈": "ceil"}
-
-
-def evaluate(text: str, letter: Callable[[str], Fraction]) -> Value:
-    """The value of `text`, its letters replaced by `letter(name)`.
-
-    Returns:
-      A Fraction where every operation was exact, else an mpmath number of 60 digits, the last of which may be wrong.
-    Raises:
-      Unreadable: no expression of this calculator, longer than MAX_CHARACTERS, undefined or larger than 2**MAX_BITS.
-    """
-    if len(text) > MAX_CHARACTERS:
-        raise Unreadable
-    if mixed := _MIXED.fullmatch(text):
-        sign, whole, part = mixed.groups()
-        text = f"{sign}({whole}+{part})"
-    return _Parser(text, letter).whole()
