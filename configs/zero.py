@@ -16,18 +16,19 @@ def get_config(ablation: str = "") -> ConfigDict:
     config = base.get_config()
     config.cpu_devices = 2
     config.mesh.update({"data": -1, "fsdp": 1})
+    config.model.scan_unroll = 3
     config.rl.update(
         {
-            "updates": 40,
-            "prompts_per_update": 16,
-            "minibatches": 2,
-            "max_completion_tokens": 224,
+            "updates": 80,
+            "prompts_per_update": 8,
+            "minibatches": 4,
+            "max_completion_tokens": 288,
             "length_schedule": (),
-            "row_tokens": 256,
-            "microbatch_rows": 32,
+            "row_tokens": 320,
+            "microbatch_rows": 16,
         }
     )
     config.data.max_prompt_tokens = 32
-    config.optim.learning_rate = 1e-3
+    config.optim.update({"learning_rate": 8e-4, "schedule": "cosine", "decay_steps": 80})
     config.log.rollout_groups = 8
     return ablations.apply(config, ablation)

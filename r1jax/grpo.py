@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 OVERLONG = ("none", "mask", "soft")
@@ -236,22 +237,24 @@ def clipped_objective(
 # minibatch's, never a microbatch's or a device's, so that partial sums add up to the whole.
 AGGREGATIONS: dict[str, Callable] = {
     # The R1 report: a sequence is one term, its KL the sum over its tokens (the chain rule).
-    "sequence": lambda length, sequences, tokens, limit: jnp.ones_like(length) / sequences,
+    "sequence": lambda length, sequences, tokens, limit: np.ones_like(length) / sequences,
     "per_sequence_token_mean": lambda length, sequences, tokens, limit: 1 / (length * sequences),  # DeepSeekMath
-    "token_mean": lambda length, sequences, tokens, limit: jnp.ones_like(length) / tokens,  # DAPO, section 3.3
+    "token_mean": lambda length, sequences, tokens, limit: np.ones_like(length) / tokens,  # DAPO, section 3.3
     # Dr. GRPO, 2503.20783, section 3.2
-    "constant_length": lambda length, sequences, tokens, limit: jnp.ones_like(length) / (sequences * limit),
+    "constant_length": lambda length, sequences, tokens, limit: np.ones_like(length) / (sequences * limit),
 }
 
 
 def token_weights(
     aggregation: str,
-    lengths: Int[ArrayLike, "B T"],
+    lengths: Int[np.ndarray, "B T"],
     n_sequences: int,
     total_tokens: int,
     max_completion_tokens: int,
-) -> Float[Array, "B T"]:
+) -> Float[np.ndarray, "B T"]:
     """How much each token's term counts in the loss of a minibatch; the loss is sum(weights * terms).
+
+    Computed by the host: each minibatch has a shape of its own, and on device each shape would be compiled.
 
     Args:
         aggregation: a key of AGGREGATIONS.
@@ -260,10 +263,10 @@ def token_weights(
         total_tokens: completion tokens in the whole minibatch.
         max_completion_tokens: the budget, the divisor of "constant_length".
     """
-    lengths = jnp.asarray(lengths, jnp.float32)
+    lengths = np.asarray(lengths, np.float32)
     sequences, tokens = max(n_sequences, 1), max(total_tokens, 1)
-    weights = AGGREGATIONS[aggregation](jnp.maximum(lengths, 1), sequences, tokens, max_completion_tokens)
-    return jnp.where(lengths > 0, weights, 0)
+    weights = AGGREGATIONS[aggregation](np.maximum(lengths, 1), sequences, tokens, max_completion_tokens)
+    return np.where(lengths > 0, weights, 0)
 
 
 class LossInputs(NamedTuple):

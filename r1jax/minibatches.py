@@ -67,7 +67,8 @@ def pack(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Arrays [M, B, T] of a minibatch, and how many of the M microbatches hold anything.
 
-    M is rounded up to a power of four, so that few programs are compiled; the empty ones are not computed.
+    M would be enough for one completion per row and so depends on the number of items alone: one program is compiled
+    for all minibatches. The empty microbatches are not computed.
     """
     prompts: dict[tuple[int, ...], int] = {}
     for item in items:
@@ -91,15 +92,13 @@ def pack(
         "sequence": rows.segments,
         "is_completion": rows.is_completion & (lengths > 0),
         "advantage": spread([i.advantage for i in items], np.float32),
-        "weights": np.asarray(
-            grpo.token_weights(settings.aggregation, lengths, len(trained), tokens, max_completion_tokens)
-        ),
+        "weights": grpo.token_weights(settings.aggregation, lengths, len(trained), tokens, max_completion_tokens),
         "sampler_logp": place(rows, [i.sample.completion.logp for i in items]),
     }
     if shape.replay:
         out["replay"] = place_inputs(rows, [i.sample.completion.experts for i in items], -1)
     n = len(rows.tokens) // shape.rows
-    capacity = 4 ** -((n - 1).bit_length() // -2)
+    capacity = -(-len(items) // shape.rows)
 
     def stack(a: np.ndarray) -> np.ndarray:
         a = np.concatenate([a, np.zeros(((capacity - n) * shape.rows, *a.shape[1:]), a.dtype)])

@@ -148,11 +148,13 @@ class _Loop:
             for row, name in enumerate(batch):
                 self.prefixes[name] = prefix, row, None if read is None else read[row]
 
+    def _cache_length(self) -> int:
+        return jax.tree.leaves(self.slots.cache)[0].shape[self.verbs.length_axis]
+
     def _fit(self, live: list[int]) -> None:
         """Chooses batch size and cache length for what is live now."""
         need = max(self.prompt_tokens[i] + len(self.tokens[i]) for i in live) + 1
-        have = self.slots.cache[next(iter(self.slots.cache))]
-        have = next(iter(have.values())).shape[self.verbs.length_axis]
+        have = self._cache_length()
         length = have if need <= have else next(n for n in self.lengths if n >= need)
         fits = next(n for n in self.lengths if n >= min(need + self.verbs.config.tokens_per_dispatch, self.lengths[-1]))
         if fits < have:
@@ -180,8 +182,7 @@ class _Loop:
     def _generate(self) -> Iterator[Completion]:
         config, size = self.verbs.config, len(self.held)
         live = [i for i, held in enumerate(self.held) if held is not None]
-        have = next(iter(next(iter(self.slots.cache.values())).values())).shape[self.verbs.length_axis]
-        room = have - max(self.prompt_tokens[i] + len(self.tokens[i]) for i in live) + 1
+        room = self._cache_length() - max(self.prompt_tokens[i] + len(self.tokens[i]) for i in live) + 1
         steps = min(config.tokens_per_dispatch, room)
         smaller = max((n for n in self.sizes if n < size), default=0)
         enough = int(size * (1 - config.refill_share)) if self.pending else smaller

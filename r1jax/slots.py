@@ -53,7 +53,7 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Prompts read once: their cache entries [L, P, ...], last logits [P, V], lengths [P], experts [L, P, T, K]."""
+    """Prompts read once: their cache entries [P, ...] per layer, last logits [P, V], lengths [P], experts [L, P, T, K]."""
 
     cache: dict
     logits: Float[Array, "P V"]
@@ -106,8 +106,8 @@ class Verbs:
         """States how slots lie on the mesh."""
         axes = transformer.ATTENTION[self.model.attention].CACHE_AXES
         cache = {
-            stack: {name: sharding.constrain(a, *axes[name]) for name, a in entries.items()}
-            for stack, entries in slots.cache.items()
+            stack: [{name: sharding.constrain(a, *axes[name]) for name, a in layer.items()} for layer in layers]
+            for stack, layers in slots.cache.items()
         }
         rest = {
             f.name: sharding.constrain(v, "rows", *(None,) * (v.ndim - 1))
@@ -160,8 +160,8 @@ class Verbs:
             token, logp = draw(prefix.logits[source], uniforms(keys, jnp.zeros_like(source)), self.drawing)
 
             def put(cache: Array, new: Array) -> Array:
-                index = (slice(None), place) + (slice(None),) * (self.length_axis - 2)
-                return cache.at[(*index, slice(0, new.shape[self.length_axis]))].set(new[:, source], mode="drop")
+                index = (place,) + (slice(None),) * (self.length_axis - 1)
+                return cache.at[(*index, slice(0, new.shape[self.length_axis]))].set(new[source], mode="drop")
 
             def put_row(old: Array, new: Array) -> Array:
                 return old.at[place].set(new, mode="drop")
@@ -227,7 +227,7 @@ class Verbs:
         with sharding.use(self.layout):
 
             def cut(a: Array) -> Array:
-                a = a[:, jnp.maximum(keep, 0)]
+                a = a[jnp.maximum(keep, 0)]
                 change = length - a.shape[self.length_axis]
                 pad = [(0, max(change, 0) if axis == self.length_axis else 0) for axis in range(a.ndim)]
                 return jax.lax.slice_in_dim(jnp.pad(a, pad), 0, length, axis=self.length_axis)

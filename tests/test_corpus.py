@@ -43,7 +43,7 @@ def test_patient_writers_are_exact_find_it_and_never_try_twice():
         if "</answer>" in text and "</think>" in text:
             assert grade(text, {"answer": problem._asdict()})
     attempts = [text.count("=") // 2 for _, text in sample("patient") if "</think>" in text]
-    assert 3.5 < np.mean(attempts) < 5.5 and max(attempts) >= 11
+    assert 2.6 < np.mean(attempts) < 4 and max(attempts) >= 9
 
 
 @pytest.mark.parametrize("kind", ["one_try", "few_tries"])
@@ -71,7 +71,7 @@ def test_the_mixture_is_as_declared(tmp_path):
         assert index["kinds"][kind]["documents"] / 6000 == pytest.approx(writer.share, abs=0.02)
         assert index["kinds"][kind]["well_formed"] == pytest.approx(writer.keeps_format, abs=0.04)
     # A base that is right now and then, seldom reflects, and has all that RL needs in a minority.
-    assert 0.12 < index["all"]["correct"] < 0.19
+    assert 0.15 < index["all"]["correct"] < 0.26
     words = {kind: means["reflective_words"] for kind, means in index["kinds"].items()}
     assert words.pop("patient") > 1.5 and max(words.values()) < 0.15
 

@@ -79,7 +79,9 @@ def test_each_token_brings_its_own_numbers() -> None:
     items = [Trained(s, float(k), True) for k, s in enumerate(s for group in groups() for s in group)]
     batch, n = minibatches.pack(items, SHAPE, grpo.GrpoConfig(), LIMIT)
     m = len(batch["tokens"])
-    assert n <= m < 2 * n and m & (m - 1) == 0 and batch["tokens"].shape == (m, SHAPE.rows, SHAPE.row_tokens)
+    assert n <= m == -(-len(items) // SHAPE.rows) and batch["tokens"].shape == (m, SHAPE.rows, SHAPE.row_tokens)
+    few, _ = minibatches.pack(items, dataclasses.replace(SHAPE, row_tokens=4 * LIMIT), grpo.GrpoConfig(), LIMIT)
+    assert len(few["tokens"]) == m  # whatever the lengths: one program for all minibatches
     found = 0
     for at in np.ndindex(*batch["segments"].shape[:2]):
         segments, learned = batch["segments"][at], batch["is_completion"][at]

@@ -67,9 +67,9 @@ def test_absorbed_attention_is_expanded_attention(q_lora_rank: int | None) -> No
     def both(p, x):
         ones = jnp.ones((2, 9), jnp.int32)
         expanded, kept = mla.attention(p, config, x, positions, layers.attention_mask(ones, ones))
-        cache = {"latent": jnp.full((1, 2, 12, config.cache_width), 9.0).at[0, :, :8].set(kept["latent"][:, :8])}
-        absorbed, cache = mla.decode(p, config, x[:, 8], cache, 0, jnp.full(2, 8))
-        return expanded[:, 8], absorbed, kept["latent"][:, 8], cache["latent"][0, :, 8]
+        cache = {"latent": jnp.full((2, 12, config.cache_width), 9.0).at[:, :8].set(kept["latent"][:, :8])}
+        absorbed, cache = mla.decode(p, config, x[:, 8], cache, jnp.full(2, 8))
+        return expanded[:, 8], absorbed, kept["latent"][:, 8], cache["latent"][:, 8]
 
     expanded, absorbed, want_kept, kept = both(p, x)
     np.testing.assert_allclose(absorbed, expanded, **CLOSE)

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig
-from r1jax.model.layers import attend, attend_cache, ones, rms_norm, rope_angles, rotate, weight, zeros
+from r1jax.model.layers import attend, attend_cache, ones, rms_norm, rope_angles, rotate, weight, write_cache, zeros
 from r1jax.sharding import constrain
 
 Cache = dict[str, Array]  # k, v: [L, B, K, S, h]
@@ -56,29 +56,24 @@ def attention(
 
 
 def decode(
-    p: dict, config: ModelConfig, x: Float[Array, "B D"], cache: Cache, layer: int, positions: Int[Array, "B"]
+    p: dict, config: ModelConfig, x: Float[Array, "B D"], cache: Cache, positions: Int[Array, "B"]
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One new token per slot: writes its key and value at `positions` and reads the cache up to there."""
     q, k, v = _project(p, config, x, positions)
-    slots = jnp.arange(x.shape[0])
-    cache = {
-        "k": cache["k"].at[layer, slots, :, positions].set(k.astype(cache["k"].dtype)),
-        "v": cache["v"].at[layer, slots, :, positions].set(v.astype(cache["v"].dtype)),
-    }
-    keys, values = cache["k"][layer], cache["v"][layer]
+    keys, values = (write_cache(cache[name], new, positions, LENGTH_AXIS) for name, new in (("k", k), ("v", v)))
     b, heads, h = q.shape
     kv = config.num_key_value_heads
     scores = jnp.einsum("bkgh,bksh->bkgs", q.reshape(b, kv, -1, h), keys, preferred_element_type=jnp.float32)
     weights = attend_cache(scores.reshape(b, heads, -1), positions + 1, h**-0.5, values.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights.reshape(b, kv, heads // kv, -1), values).reshape(b, heads, h)
-    return jnp.einsum("bhd,hdw->bw", out.astype(x.dtype), p["o"]), cache
+    return jnp.einsum("bhd,hdw->bw", out.astype(x.dtype), p["o"]), {"k": keys, "v": values}
 
 
-def empty_cache(config: ModelConfig, layers: int, slots: int, length: int, dtype: DTypeLike) -> Cache:
-    """Zeros [L, B, K, S, h] for keys and values."""
-    shape = (layers, slots, config.num_key_value_heads, length, config.head_dim)
+def empty_cache(config: ModelConfig, slots: int, length: int, dtype: DTypeLike) -> Cache:
+    """Zeros [B, K, S, h] for keys and values."""
+    shape = (slots, config.num_key_value_heads, length, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
-LENGTH_AXIS = 3  # of the stacked cache arrays
-CACHE_AXES = dict.fromkeys("kv", ("layers", "rows", "kv_heads", None, None))
+LENGTH_AXIS = 2  # of the cache arrays
+CACHE_AXES = dict.fromkeys("kv", ("rows", "kv_heads", None, None))

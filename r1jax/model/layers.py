@@ -5,6 +5,7 @@ Modules declare shapes and logical axes (Flax NNX); functions compute on the pla
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def attention_mask(segments: Int[Array, "B T"], parents: Int[Array, "B T"]) -> B
 
 # Queries are taken in at most this many blocks, each of which reads only the keys up to its own end: for causal rows
 # that leaves out almost half of the scores.
-QUERY_BLOCKS = 3
+QUERY_BLOCKS = 4
 
 
 def attend(
@@ -155,18 +156,66 @@ def attend(
     scale: float,
 ) -> Float[Array, "B T K g w"]:
     """Causal softmax attention with g query heads per key head; scores and softmax in float32."""
-    t = q.shape[1]
+    b, t, kv, g, _ = q.shape
     size = max(32, -(-t // QUERY_BLOCKS))
+    # Heads before tokens, and a key head's queries as the rows of one matrix: a CPU works off plain batches of matrices
+    # twice as fast.
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
     out = []
     for start in range(0, t, size):
         end = min(start + size, t)
-        scores = jnp.einsum(
-            "btkgh,bskh->bkgts", q[:, start:end] * scale, k[:, :end], preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(mask[:, None, None, start:end, :end], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out.append(jnp.einsum("bkgts,bskw->btkgw", weights, v[:, :end]))
-    return jnp.concatenate(out, axis=1)
+        queries = q[..., start:end, :].reshape(b, kv, g * (end - start), -1)
+        seen = jnp.tile(mask[:, start:end, :end], (1, g, 1))
+        block = _attend_block(queries, k[:, :, :end], v[:, :, :end], seen, scale)
+        out.append(block.reshape(b, kv, g, end - start, -1))
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_block(
+    q: Float[Array, "B K r h"],
+    k: Float[Array, "B K s h"],
+    v: Float[Array, "B K s w"],
+    mask: Bool[Array, "B r s"],
+    scale: float,
+) -> Float[Array, "B K r w"]:
+    return _attend_forward(q, k, v, mask, scale)[0]
+
+
+def _attend_forward(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, tuple]:
+    scores = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkrs,bksw->bkrw", weights, v)
+    return out, (q, k, v, weights, out)
+
+
+def _attend_backward(scale: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, weights, out = saved
+    # sum_s weights * d(weights) is sum_w out * grad (FlashAttention, arXiv 2205.14135, appendix B.2): no sum over keys.
+    inner = (out.astype(jnp.float32) * grad).sum(-1, keepdims=True)
+    d_weights = jnp.einsum("bkrw,bksw->bkrs", grad, v, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - inner) * scale).astype(q.dtype)
+    return (
+        jnp.einsum("bkrs,bksh->bkrh", d_scores, k),
+        jnp.einsum("bkrs,bkrh->bksh", d_scores, q),
+        jnp.einsum("bkrs,bkrw->bksw", weights, grad),
+        None,
+    )
+
+
+_attend_block.defvjp(_attend_forward, _attend_backward)
+
+
+def write_cache(
+    cache: Float[Array, "B *n"], new: Float[Array, "B *m"], positions: Int[Array, "B"], axis: int
+) -> Float[Array, "B *n"]:
+    """Each slot's entry of one new token at its own position, which counts along `axis` (the slots' is 0)."""
+
+    def one(cache: Array, new: Array, position: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(cache, new, position, axis - 1)
+
+    # Mapped over slots and not indexed by them: so the partitioner sees that no device needs another's.
+    return jax.vmap(one)(cache, new.astype(cache.dtype), positions)
 
 
 def attend_cache(

@@ -20,6 +20,9 @@ from r1jax.model.config import ModelConfig
 from r1jax.model.layers import Mlp, mlp, weight, zeros
 
 
+Axes = tuple[str, ...]  # of the mesh
+
+
 class Moe(nnx.Module):
     """Weights of `layers` stacked mixture layers; the router is float32 whatever the rest is."""
 
@@ -172,46 +175,44 @@ def experts_local(
     return (y * gates[..., None].astype(y.dtype)).sum(1)
 
 
-def _experts_mesh(
-    layout: sharding.Layout, x: Array, ids: Array, gates: Array, gate: Array, up: Array, down: Array
-) -> Array:
-    """The same over a mesh: gather the tokens of the expert axis, work on the local experts, scatter the sums back."""
-    rows, tokens = layout.spec(("rows", "tokens"))
-    held, split = layout.mesh_axes("experts"), layout.mesh_axes("mlp")
-    w_in = PartitionSpec(held or None, None, split or None)
-    w_out = PartitionSpec(held or None, split or None, None)
-    here = PartitionSpec(rows, tokens, None)
+def _routed(
+    p: dict, x: Float[Array, "B T D"], replay: Int[Array, "B T K"] | None, config: ModelConfig, held: Axes, split: Axes
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
+    """Routed experts for the tokens at hand, and the experts chosen; within a mesh what one device does.
 
-    @partial(
-        jax.shard_map, mesh=layout.mesh, in_specs=(here, here, here, w_in, w_in, w_out), out_specs=here, check_vma=False
-    )
-    def run(x: Array, ids: Array, gates: Array, gate: Array, up: Array, down: Array) -> Array:
-        if held:
-            x, ids, gates = (jax.lax.all_gather(a, held, axis=0, tiled=True) for a in (x, ids, gates))
-            ids = ids - jax.lax.axis_index(held) * gate.shape[0]
-        b, t, d = x.shape
-        flat = (a.reshape(b * t, -1) for a in (x, ids, gates))
-        y = experts_local(*flat, gate, up, down).reshape(b, t, d)
-        if split:
-            y = jax.lax.psum(y, split)
-        return jax.lax.psum_scatter(y, held, scatter_dimension=0, tiled=True) if held else y
-
-    return run(x, ids, gates, gate, up, down)
+    The tokens of the mesh axes `held`, over which experts are spread, are gathered, the local experts work on them, and
+    the sums are scattered back; over the axes `split` each expert's width is spread.
+    """
+    ids, gates = route(p, config, x, replay)
+    chosen = ids
+    if held:
+        x, ids, gates = (jax.lax.all_gather(a, held, axis=0, tiled=True) for a in (x, ids, gates))
+        ids = ids - jax.lax.axis_index(held) * p["gate"].shape[0]
+    b, t, d = x.shape
+    flat = (a.reshape(b * t, -1) for a in (x, ids, gates))
+    y = experts_local(*flat, p["gate"], p["up"], p["down"]).reshape(b, t, d)
+    if split:
+        y = jax.lax.psum(y, split)
+    return jax.lax.psum_scatter(y, held, scatter_dimension=0, tiled=True) if held else y, chosen
 
 
 def moe(
     p: dict, config: ModelConfig, x: Float[Array, "B T D"], replay: Int[Array, "B T K"] | None = None
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
     """Routed experts plus shared ones; also the experts chosen."""
-    ids, gates = route(p, config, x, replay)
     layout = sharding.current()
-    weights = (p["gate"], p["up"], p["down"])
-    if layout is None:
-        b, t, d = x.shape
-        y = experts_local(x.reshape(b * t, d), ids.reshape(b * t, -1), gates.reshape(b * t, -1), *weights)
-        y = y.reshape(b, t, d)
-    else:
-        y = _experts_mesh(layout, x, ids, gates, *weights)
+    held, split = (layout.mesh_axes("experts"), layout.mesh_axes("mlp")) if layout else ((), ())
+    run = partial(_routed, config=config, held=held, split=split)
+    routed = {name: w for name, w in p.items() if name != "shared"}
+    if layout:
+        # Routing too is each device's own business: left to the partitioner, top_k gathers the scores of all rows.
+        here = PartitionSpec(*layout.spec(("rows", "tokens")), None)
+        w_in = PartitionSpec(held or None, None, split or None)
+        lies = dict.fromkeys(routed, PartitionSpec()) | {"gate": w_in, "up": w_in}
+        lies["down"] = PartitionSpec(held or None, split or None, None)
+        specs = lies, here, None if replay is None else here
+        run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=(here, here), check_vma=False)
+    y, ids = run(routed, x, replay)
     if "shared" in p:
         y = y + mlp(p["shared"], x)
     return y, ids

@@ -100,8 +100,8 @@ def logical_axes(config: ModelConfig) -> Params:
 class Hidden:
     """What a pass over whole rows gives.
 
-    x [B, T, D] after the final norm; load [L, E] assignments per expert; experts [L, B, T, K] chosen; cache: per stack,
-    [L, ...] of every token. The last three are None where they do not exist or were not asked for.
+    x [B, T, D] after the final norm; load [L, E] assignments per expert; experts [L, B, T, K] chosen; cache of every
+    token, per stack a list of its layers'. The last three are None where they do not exist or were not asked for.
     """
 
     x: Array
@@ -147,6 +147,11 @@ def _stack(
     return jax.lax.scan(body, x, (stack, replay), unroll=unroll)
 
 
+def _by_layer(stacked: dict) -> list[dict]:
+    n = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(n)]
+
+
 def hidden(
     params: Params,
     config: ModelConfig,
@@ -182,7 +187,7 @@ def hidden(
         x=rms_norm(x, params["norm"], config.rms_norm_eps),
         load=routed.get("load"),
         experts=routed.get("experts"),
-        cache={name: out["cache"] for name, out in outs.items()} if "cache" in keep else None,
+        cache={name: _by_layer(out["cache"]) for name, out in outs.items()} if "cache" in keep else None,
     )
 
 
@@ -253,17 +258,17 @@ def decode_step(
 ) -> tuple[Float[Array, "B D"], dict, Int[Array, "L B K"] | None]:
     """One token per slot: hidden states after the final norm, the cache with these tokens in it, the experts chosen.
 
-    Layers are unrolled and the stacked cache is updated in place: as a scan's output it would be copied every step.
+    Layers are unrolled and each has a cache of its own, updated in place: stacked, it would be copied every step.
     """
     attention = ATTENTION[config.attention]
     x = constrain(params["embed"][tokens], "rows", None)
     chosen = []
-    cache = dict(cache)
+    cache = {name: list(layers) for name, layers in cache.items()}
     for name in ("dense", "moe"):
         for layer in range(params[name]["attn_norm"].shape[0] if name in params else 0):
             p = jax.tree.map(lambda a, i=layer: a[i], params[name])
             h = rms_norm(x, p["attn_norm"], config.rms_norm_eps)
-            a, cache[name] = attention.decode(p["attn"], config, h, cache[name], layer, positions)
+            a, cache[name][layer] = attention.decode(p["attn"], config, h, cache[name][layer], positions)
             x = x + a
             h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
             if "router" in p["mlp"]:
@@ -275,7 +280,7 @@ def decode_step(
 
 
 def empty_cache(config: ModelConfig, slots: int, length: int, dtype: DTypeLike = jnp.float32) -> dict:
-    """A cache of zeros per stack."""
+    """A cache of zeros: for each stack a list of its layers'."""
     make = ATTENTION[config.attention].empty_cache
     layers = {"dense": config.n_dense, "moe": config.n_moe}
-    return {name: make(config, n, slots, length, dtype) for name, n in layers.items() if n}
+    return {name: [make(config, slots, length, dtype) for _ in range(n)] for name, n in layers.items() if n}
