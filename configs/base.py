@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            # Stages run in this order, each from what the one before left: pretrain, reasoning_rl.
+            # Stages run in this order, each from what the one before left: pretrain, sft, reasoning_rl, evaluate.
             "stages": ("reasoning_rl",),
             "model": {
                 "path": "",  # a released-model folder or URL (gs://...); empty: the base that is packaged with r1jax
@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
                 "reference_every": 400,  # updates between replacements of the reference by the policy, reported
                 "dynamic_sampling": False,  # sample again for groups without a signal (DAPO, arXiv 2503.14476)
                 "dynamic_sampling_rounds": 3,  # at most, per rollout
+                "old_logp": "policy",  # the old policy's: "policy" scores them anew, "sampler" takes the sampler's
                 "router_replay": True,  # train with the experts that the sampler chose
                 "share_prompt": True,  # a group's prompt is computed once per packed row
                 "row_tokens": 0,  # length of a packed row; 0: the longest prompt and completion that may come
@@ -115,6 +116,16 @@ def get_config() -> ConfigDict:
                 "row_tokens": 192,
                 "mtp_weight": 0.3,  # of multi-token prediction in the loss (DeepSeek-V3: 0.3, then 0.1)
                 "valid_every": 250,  # steps
+                "valid_rows": 64,
+            },
+            "sft": {
+                "data": "",  # conversations: a .jsonl or .jsonl.gz file in chat format
+                "valid_data": "",  # the same, held out; empty: none
+                "epochs": 2.0,  # reported: 2 to 3
+                "rows": 128,  # packed rows per step; reported: 128 sequences
+                "microbatch_rows": 0,  # rows whose gradient is taken at once; 0: all of a step
+                "row_tokens": 32_768,  # length of a packed row, reported; a longer conversation is left out
+                "valid_every": 100,  # steps
                 "valid_rows": 64,
             },
             "checkpoint": {

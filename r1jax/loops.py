@@ -22,6 +22,9 @@ from r1jax.run import Policy, Run, Stopped, check_finite, param_shardings, put_r
 from r1jax.text import reflective_words
 from r1jax.types import Example, Params
 
+# Whose log-probabilities stand for the old policy's: the trainer's own, scored anew, or those that the sampler noted.
+OLD_LOGP = ("policy", "sampler")
+
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
@@ -38,6 +41,7 @@ class RlConfig:
     dynamic_sampling: bool
     dynamic_sampling_rounds: int
     router_replay: bool
+    old_logp: str
     share_prompt: bool
     row_tokens: int
     microbatch_rows: int
@@ -54,6 +58,8 @@ class RlConfig:
                 f"config.rl.updates ({self.updates}) must be a multiple of config.rl.minibatches ({self.minibatches}), "
                 "the updates of one rollout"
             )
+        if self.old_logp not in OLD_LOGP:
+            raise ValueError(f"config.rl.old_logp is {self.old_logp!r}, wanted one of {', '.join(OLD_LOGP)}")
         if self.temperature <= 0:
             raise ValueError(f"config.rl.temperature is {self.temperature}; a group needs samples that differ: above 0")
 
@@ -209,7 +215,9 @@ def rl_loop(
                 if reference is not None:
                     with clock("ref_logp"):
                         batch["ref_logp"] = moves.score(reference, batch, n)
-                if j:
+                if settings.old_logp == "sampler":
+                    batch["old_logp"] = batch["sampler_logp"]
+                elif j:
                     with clock("old_logp"):
                         batch["old_logp"] = moves.score(state["policy"], batch, n)
                 else:

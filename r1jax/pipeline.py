@@ -22,12 +22,10 @@ from r1jax.model.config import ModelConfig
 from r1jax.run import Policy, Run
 
 # Stage name -> its page; imported when it runs.
-STAGES = {"pretrain": "r1jax.stages.pretrain", "reasoning_rl": "r1jax.stages.reasoning_rl"}
+STAGES = {name: f"r1jax.stages.{name}" for name in ("pretrain", "sft", "reasoning_rl", "evaluate")}
 
 # Stages that start from nothing rather than from the policy at config.model.path.
 FROM_NOTHING = ("pretrain",)
-
-ADAPTERS = 2  # branch of the run's key; rollouts and evaluations have 0 and 1
 
 BASE = pathlib.Path(r1jax.__file__).parent / "base"
 
@@ -78,7 +76,7 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Poli
         model, params = convert.load(folder, layouts["train"].mesh, dtype, progress)
     if adapting is None:
         return Policy(model, params, tokenizer, folder)
-    key = jax.random.fold_in(jax.random.key(config.seed), ADAPTERS)
+    key = jax.random.fold_in(jax.random.key(config.seed), run.ADAPTERS)
     make = jax.jit(partial(lora.init, model, adapting), out_shardings=layouts["train"].sharding())
     return Policy(model, make(key), tokenizer, folder, adapting, params)
 

@@ -10,12 +10,17 @@ from typing import Any
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
-from r1jax import checkpoint, hosts, metrics, optim, sharding, updates
+from r1jax import checkpoint, data, hosts, metrics, optim, sharding, sources, updates
+from r1jax.draw import DrawConfig
 from r1jax.folders import Folder
 from r1jax.model import convert, lora, transformer
 from r1jax.model.config import ModelConfig, Rope
 from r1jax.model.lora import Lora
+from r1jax.rewards.pool import RewardPool
+from r1jax.rewards.table import check_examples
+from r1jax.slots import SamplerConfig, Verbs
 from r1jax.text import Tokenizer
 from r1jax.types import Params
 
@@ -29,6 +34,10 @@ class Run:
     layouts: dict[str, sharding.Layout]
     stop: Any  # hosts.on_sigterm(): its `requested` turns true on SIGTERM
     summary: metrics.Summary
+
+    def is_interrupted(self) -> bool:
+        """Whether to leave off at once; several hosts stop together instead, at the end of a step."""
+        return self.stop.requested and hosts.count() == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,10 @@ class Policy:
     folder: Folder
     lora: Lora | None = None
     frozen: Params | None = None
+
+
+# Branches of a run's key, so that draws of different kinds never meet.
+ROLLOUT, EVALUATION, ADAPTERS = range(3)
 
 
 class Stopped(Exception):
@@ -110,6 +123,44 @@ def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
 def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoint.Checkpoints:
     """The checkpoints of a stage of this run; `settings` is config.checkpoint."""
     return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
+
+
+def open_source(config: ConfigDict, spec: str, split: str) -> data.Source:
+    """The prompts that config.data names, their gold answers checked."""
+    c = config.data
+    columns = sources.Columns(c.question_column, c.answer_column, c.id_column or None, c.level_column or None, c.grader)
+    source = data.open_source(spec, split=split, columns=columns, size=c.gym_size, seed=config.seed)
+    check_examples(source.examples, list(config.rewards))
+    return source
+
+
+def open_pool(config: ConfigDict) -> RewardPool:
+    """The processes that grade by config.rewards."""
+    c = config.grading
+    return RewardPool(
+        dict(config.rewards),
+        c.workers,
+        c.timeout_s,
+        dict(config.reward_paths),
+        c.batch_timeout_s,
+        tuple(c.sandbox_accepts),
+    )
+
+
+def make_verbs(config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: DrawConfig) -> Verbs:
+    """The sampling functions of this policy for one way of drawing."""
+    settings = SamplerConfig(**config.sampler)
+    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), config.model.cache_dtype)
+
+
+def check_lengths(policy: Policy, prompt: int, completion: int, row: int = 0) -> None:
+    """Raises ValueError where the longest prompt and completion do not fit into the context, or into a row if given."""
+    both = prompt + completion
+    asked = f"config.data.max_prompt_tokens and config.rl.max_completion_tokens (or length_schedule) allow {both}"
+    if both > policy.config.max_position_embeddings:
+        raise ValueError(f"{asked} tokens, but the policy reads {policy.config.max_position_embeddings} at most")
+    if 0 < row < both:
+        raise ValueError(f"{asked} tokens, but config.rl.row_tokens is {row}")
 
 
 # Files of a released-model folder that stay what they are when the weights change.

@@ -53,7 +53,7 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Prompts read once: their cache entries [P, ...] per layer, last logits [P, V], lengths [P], experts [L, P, T, K]."""
+    """Prompts read once: cache entries [P, ...] per layer, last logits [P, V], lengths [P], experts [L, P, T, K]."""
 
     cache: dict
     logits: Float[Array, "P V"]

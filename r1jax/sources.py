@@ -55,9 +55,8 @@ def read_jsonl(path: str | os.PathLike[str], columns: Columns) -> list[Example]:
     """
     path = pathlib.Path(path)
     examples, line_of = [], {}
-    for number, line in _numbered_lines(path):
+    for number, record in read_records(path, "config.data.source"):
         where = f"{path}, line {number}"
-        record = _parse(line, where)
         example = to_example(record, columns, f"{path.name.split('.')[0]}-{number}", where)
         if (first := line_of.setdefault(example["id"], number)) != number:
             raise ValueError(f"{where}: id {example['id']!r} already stands in line {first}; set config.data.id_column")
@@ -65,7 +64,13 @@ def read_jsonl(path: str | os.PathLike[str], columns: Columns) -> list[Example]:
     return examples
 
 
-def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+def read_records(path: str | os.PathLike[str], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a JSON Lines file; `key` names it in errors, which are those of `read_jsonl`."""
+    for number, line in _numbered_lines(pathlib.Path(path), key):
+        yield number, _parse(line, f"{path}, line {number}")
+
+
+def _numbered_lines(path: pathlib.Path, key: str) -> Iterator[tuple[int, bytes]]:
     # In bytes: a text file would also end lines where Unicode may, and JSON strings may hold such characters.
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -74,9 +79,9 @@ def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
-        raise ValueError(f"config.data.source: there is no file {path}") from None
+        raise ValueError(f"{key}: there is no file {path}") from None
     except (OSError, EOFError) as error:
-        raise ValueError(f"config.data.source: cannot read {path}: {error}") from error
+        raise ValueError(f"{key}: cannot read {path}: {error}") from error
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

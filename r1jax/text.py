@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -141,8 +141,8 @@ def _decode_runs(ids: Iterable[SupportsIndex], known: Callable[[int], bool], dec
     return "".join(decode(list(run)) if is_known else UNDECODABLE * len(list(run)) for is_known, run in runs)
 
 
-def encode_prompt(tokenizer: Tokenizer, template: str, question: str) -> tuple[str, list[int]]:
-    """Text and ids of a question under a template of TEMPLATES or CHAT.
+def encode_prompt(tokenizer: Tokenizer, template: str, question: str | Sequence[chat.Message]) -> tuple[str, list[int]]:
+    """Text and ids of a question under a template of TEMPLATES or CHAT; under CHAT it may be all messages so far.
 
     The begin token comes first where the model has learned with it; a chat template writes it itself.
 
@@ -158,7 +158,8 @@ def encode_prompt(tokenizer: Tokenizer, template: str, question: str) -> tuple[s
             f"config.data.template is {CHAT!r}, but the model has no chat template (chat_template.jinja or "
             f"tokenizer_config.json); choose one of {', '.join(TEMPLATES)}"
         )
-    prompt = tokenizer.template.render([{"role": "user", "content": question}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    prompt = tokenizer.template.render(messages, add_generation_prompt=True)
     return prompt, tokenizer.encode(prompt)
 
 

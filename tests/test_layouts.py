@@ -1,9 +1,11 @@
 """Laws of the mesh: every layout computes what one device computes, and an impossible one names the key to change."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -116,6 +118,17 @@ def test_sampled_tokens_are_one_devices(config: ModelConfig, sizes: dict, alone:
         np.testing.assert_array_equal(completion.tokens, want[key].tokens)
         np.testing.assert_allclose(completion.logp, want[key].logp, **COMPOSED)
         np.testing.assert_array_equal(completion.experts, want[key].experts)
+
+
+@pytest.mark.parametrize("config", [MLA, QWEN], ids=name)
+def test_slots_on_different_devices_decode_without_each_other(config: ModelConfig) -> None:
+    layout = sharding.layouts(mesh_of({"data": 2}))["decode"]
+    verbs = Verbs(config, SamplerConfig(slots=8, tokens_per_dispatch=4), DrawConfig(), layout, [7])
+    weights = sharding.reshard(random_params(config), run.param_shardings(config, layout))
+    slots = verbs.empty(8, 32)
+    program = jit(verbs.generate).lower(weights, slots, slots.is_free, jnp.int32(4), jnp.int32(0)).compile().as_text()
+    moves = re.findall(r" = (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
+    assert [(shape.split("[")[0], kind) for shape, kind in moves] == [("s32", "all-reduce")]  # how many are still live
 
 
 def test_resharding_keeps_every_bit_and_gathers_what_decoding_reads() -> None:

@@ -102,6 +102,18 @@ def test_a_run_leaves_a_folder_that_tells_all_and_the_same_command_again_changes
     assert outcome(tmp_path) == before
 
 
+def test_the_samplers_log_probabilities_stand_for_the_old_policys(policy, tmp_path):
+    records = {}
+    for name in ("policy", "sampler"):
+        execute(make_config(policy, rl__updates=2, rl__old_logp=name, eval__problems=0), tmp_path / name)
+        records[name] = metrics(tmp_path / name)
+        assert ("old_logp_s" in (tmp_path / name / "metrics.jsonl").read_text()) == (name == "policy")
+    scored, noted = records["policy"], records["sampler"]
+    for name in ("loss/mean", "kl/mean", "ratio/mean", "grad/norm", "entropy/mean"):
+        assert [r[name] for r in noted] == pytest.approx([r[name] for r in scored], rel=1e-3, abs=1e-6), name
+    assert noted[1]["ratio/mean"] != 1, "the second minibatch is off-policy"
+
+
 def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(policy, tmp_path):
     lines = sorted(map(json.loads, SAMPLE.read_text().splitlines()), key=lambda r: len(r["question"]))[:5]
     renamed = [{"name": r["id"], "task": r["question"], "result": r["answer"], "steps": 3} for r in lines]
@@ -138,15 +150,31 @@ def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(p
     assert all(row["flags"] == ["error:broken", "nan:undefined"] for row in rows)
 
 
+def test_a_model_is_evaluated_alone_and_stays_as_it_is(policy, tmp_path):
+    config = make_config(policy, stages=("evaluate",), eval__temperature=0.6, eval__top_p=0.95)
+    measured = execute(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, measured.params, convert.load(policy)[1])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (record,) = summary["evals"]
+    assert (record["stage"], record["step"], record["n_problems"], record["k"]) == ("evaluate", 0, 3, 4)
+    rows = (tmp_path / "rollouts" / "evaluate-evaluation-000000.jsonl").read_text().splitlines()
+    assert len(rows) == 3 * 4 and len({json.loads(row)["completion"] for row in rows}) > 3
+    assert "</html>" in (tmp_path / "report.html").read_text() and not (tmp_path / "model").exists()
+    execute(config, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["evals"] == [record]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"stages": ("evaluate",), "eval__problems": 0}, "config.eval.problems is 0: the stage evaluate has nothing"),
         ({"data__max_prompt_tokens": 8}, "the prompt of '.*' has .* tokens, wanted 1 to 8; raise config.data.max_"),
         ({"rl__max_completion_tokens": 1024}, "config.rl.max_completion_tokens .* 1056 tokens, .* reads 1024 at most"),
         ({"rl__row_tokens": 40}, "allow 44 tokens, but config.rl.row_tokens is 40"),
         ({"rl__group_size": 1}, "config.rl.group_size is 1: a group of one has no baseline"),
         ({"rl__updates": 5}, r"config.rl.updates \(5\) must be a multiple of config.rl.minibatches \(2\)"),
         ({"rl__temperature": 0.0}, "config.rl.temperature is 0.0"),
+        ({"rl__old_logp": "trainer"}, "config.rl.old_logp is 'trainer', wanted one of policy, sampler"),
         ({"sampler__slots": 0}, "config.sampler.slots is 0"),
         ({"stages": ("reasonin_rl",)}, "config.stages names 'reasonin_rl', .*did you mean 'reasoning_rl'"),
         ({"stages": ()}, "config.stages is empty"),
@@ -155,6 +183,7 @@ def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(p
         ({"rewards": {"acuracy": 1.0}, "reward_paths": {}}, "'acuracy' in config.rewards; did you mean 'accuracy'"),
         ({"reward_paths": {"variety": "nowhere.py:f"}}, "'nowhere.py:f' in config.rewards: cannot import"),
         ({"rewards": {"accuracy": 1.0}}, "config.reward_paths has 'variety', which config.rewards gives no weight"),
+        ({"stages": ("sft",), "sft__data": "nowhere.jsonl"}, "config.sft.data: there is no file nowhere.jsonl"),
         ({"data__source": "nowhere.jsonl"}, "config.data.source: there is no file nowhere.jsonl"),
         ({"data__template": "r1"}, "config.data.template must be one of r1_zero, plain"),
         ({"model__path": "nowhere"}, "nowhere"),

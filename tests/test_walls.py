@@ -19,6 +19,8 @@ ORDER = [
     "pipeline",
     "stages",
     "loops",
+    "next_token",
+    "held_out",
     "run",
     "minibatches",
     "evaluate",
@@ -29,6 +31,7 @@ ORDER = [
     "slots",
     "draw",
     "optim",
+    "conversations",
     "corpus",
     "rewards",
     "data",
@@ -52,6 +55,7 @@ ORDER = [
     "types",
 ]
 JAX_FREE = [
+    "conversations",
     "corpus",
     "rewards",
     "data",

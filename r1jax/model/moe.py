@@ -19,7 +19,6 @@ from r1jax import sharding
 from r1jax.model.config import ModelConfig
 from r1jax.model.layers import Mlp, mlp, weight, zeros
 
-
 Axes = tuple[str, ...]  # of the mesh
 
 
