@@ -42,6 +42,8 @@ BLOCK_DOCUMENTS = 2000  # one random stream each, so that the number of processe
 
 VOCAB_SIZE = 512
 TOKENIZER_SAMPLE = 20_000  # documents
+# Phrases of the writers for which the vocabulary has no room.
+SPELLED_OUT = ("no time. ", "check again: ", " done.", " or something else.")
 
 
 def documents(seed: int, block: int, count: int) -> Iterator[tuple[str, Problem, str, str]]:
@@ -53,8 +55,8 @@ def documents(seed: int, block: int, count: int) -> Iterator[tuple[str, Problem,
         yield kind, problem, render_prompt(template, question_of(problem)), writers.worked_solution(problem, rng, kind)
 
 
-def phrase_candidates() -> list[str]:
-    """Whole phrases that may become one token: the template's sentences and whatever the writers say often."""
+def phrases() -> list[str]:
+    """Whole phrases that are one token: the template's sentences and what the writers say, but for SPELLED_OUT."""
     preamble = TEMPLATES["r1_zero"].partition("User: ")[0]
     sentences = [f"{sentence}. " for sentence in re.split(r"\. (?=The |$)", preamble) if sentence]
     tables = (
@@ -71,22 +73,17 @@ def phrase_candidates() -> list[str]:
         writers.TARGET,
         writers.DISTANCE,
     ]
-    return list(dict.fromkeys(sentences + frame + [phrase for table in tables for phrase in table if phrase]))
+    said = [phrase for table in tables for phrase in table if phrase and phrase not in SPELLED_OUT]
+    return list(dict.fromkeys(sentences + frame + said))
 
 
 def train_tokenizer(sample: list[str]) -> bytes:
-    """A SentencePiece model of VOCAB_SIZE pieces: bytes, numbers, tags, and the phrases that save most in `sample`.
+    """A SentencePiece model of VOCAB_SIZE pieces: bytes, numbers, tags, phrases, and what letters `sample` has.
 
     One token per number makes arithmetic a table that a small model can learn; the bytes make any text possible. No
     piece crosses the end of a prompt ("Assistant:" is a piece of its own), so that prompt and completion encode apart.
     """
     required = [SPACE_MARK, "Assistant:", *TAGS, *(str(n) for n in range(LARGEST_INTERMEDIATE + 1))]
-    text = "\n".join(sample)
-    candidates = phrase_candidates()
-    controls, letters = 4, 1
-    room = VOCAB_SIZE - controls - 256 - len(required) - letters
-    saving = sorted(candidates, key=lambda phrase: text.count(phrase) * (1 - len(phrase)))[:room]
-    phrases = [phrase.replace(" ", SPACE_MARK) for phrase in candidates if phrase in saving]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sample),
@@ -94,7 +91,7 @@ def train_tokenizer(sample: list[str]) -> bytes:
         model_type="char",
         vocab_size=VOCAB_SIZE,
         byte_fallback=True,
-        user_defined_symbols=required + phrases,
+        user_defined_symbols=required + [phrase.replace(" ", SPACE_MARK) for phrase in phrases()],
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,

@@ -3,12 +3,11 @@
 import dataclasses
 
 import jax
-from ml_collections import ConfigDict
 
 from r1jax import data, draw, evaluate, hosts, metrics
 from r1jax.rewards.pool import RewardPool
 from r1jax.rollout import collect, encode_prompts, records
-from r1jax.run import EVALUATION, Policy, Run, make_verbs, open_source
+from r1jax.run import EVALUATION, Config, Policy, Run, make_verbs, open_source
 from r1jax.slots import Verbs
 from r1jax.types import Example, Params
 
@@ -62,20 +61,21 @@ class HeldOut:
 
 
 def prepare(
-    run: Run, stage: str, config: ConfigDict, policy: Policy, pool: RewardPool, training: Verbs | None = None
+    run: Run, stage: str, config: Config, policy: Policy, pool: RewardPool, training: Verbs | None = None
 ) -> HeldOut:
     """What config.eval and config.data ask for; `training` are sampling functions to use where tokens are drawn alike.
 
     Raises:
         ValueError: no such source or split, or a prompt that is too long; names the key.
     """
+    prompts, settings = config["data"], config["eval"]
     examples: list[Example] = []
-    if config.eval.problems:
-        source = open_source(config, config.data.eval_source or config.data.source, config.data.eval_split)
-        examples = data.PromptStream(source, 0).take(0, min(config.eval.problems, len(source.examples)))
+    if settings["problems"]:
+        source = open_source(config, prompts["eval_source"] or prompts["source"], prompts["eval_split"])
+        examples = data.PromptStream(source, 0).take(0, min(settings["problems"], len(source.examples)))
         # Now rather than when its turn comes: a prompt that is too long.
-        encode_prompts(examples, config.data.template, policy.tokenizer, config.data.max_prompt_tokens)
-    drawing = draw.DrawConfig(config.eval.temperature, config.eval.top_k, config.eval.top_p)
+        encode_prompts(examples, prompts["template"], policy.tokenizer, prompts["max_prompt_tokens"])
+    drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
     alike = training is not None and training.drawing == drawing
     return HeldOut(
         run=run,
@@ -84,10 +84,10 @@ def prepare(
         examples=examples,
         verbs=training if alike else make_verbs(config, policy, run.layouts["decode"], drawing),
         pool=pool,
-        samples=config.eval.samples,
-        max_completion_tokens=config.eval.max_completion_tokens,
-        template=config.data.template,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        stop_texts=config.rl.stop_texts,
-        written_groups=config.log.rollout_groups,
+        samples=settings["samples"],
+        max_completion_tokens=settings["max_completion_tokens"],
+        template=prompts["template"],
+        max_prompt_tokens=prompts["max_prompt_tokens"],
+        stop_texts=tuple(config["rl"]["stop_texts"]),
+        written_groups=config["log"]["rollout_groups"],
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from r1jax import checkpoint, data, hosts, metrics, optim, sharding, sources, updates
 from r1jax.draw import DrawConfig
@@ -125,32 +124,31 @@ def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoi
     return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
 
 
-def open_source(config: ConfigDict, spec: str, split: str) -> data.Source:
+Config = Mapping[str, Any]  # the whole config, or a group of it
+
+
+def open_source(config: Config, spec: str, split: str) -> data.Source:
     """The prompts that config.data names, their gold answers checked."""
-    c = config.data
-    columns = sources.Columns(c.question_column, c.answer_column, c.id_column or None, c.level_column or None, c.grader)
-    source = data.open_source(spec, split=split, columns=columns, size=c.gym_size, seed=config.seed)
-    check_examples(source.examples, list(config.rewards))
+    c = config["data"]
+    optional = c["id_column"] or None, c["level_column"] or None
+    columns = sources.Columns(c["question_column"], c["answer_column"], *optional, c["grader"])
+    source = data.open_source(spec, split=split, columns=columns, size=c["gym_size"], seed=config["seed"])
+    check_examples(source.examples, list(config["rewards"]))
     return source
 
 
-def open_pool(config: ConfigDict) -> RewardPool:
+def open_pool(config: Config) -> RewardPool:
     """The processes that grade by config.rewards."""
-    c = config.grading
-    return RewardPool(
-        dict(config.rewards),
-        c.workers,
-        c.timeout_s,
-        dict(config.reward_paths),
-        c.batch_timeout_s,
-        tuple(c.sandbox_accepts),
-    )
+    limits = dict(config["grading"])
+    accepted = tuple(limits.pop("sandbox_accepts"))
+    paths = dict(config["reward_paths"])
+    return RewardPool(dict(config["rewards"]), **limits, paths=paths, sandbox_accepts=accepted)
 
 
-def make_verbs(config: ConfigDict, policy: Policy, layout: sharding.Layout, drawing: DrawConfig) -> Verbs:
+def make_verbs(config: Config, policy: Policy, layout: sharding.Layout, drawing: DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
-    settings = SamplerConfig(**config.sampler)
-    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), config.model.cache_dtype)
+    settings, dtype = SamplerConfig(**config["sampler"]), config["model"]["cache_dtype"]
+    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), dtype)
 
 
 def check_lengths(policy: Policy, prompt: int, completion: int, row: int = 0) -> None:

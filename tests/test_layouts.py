@@ -126,7 +126,13 @@ def test_slots_on_different_devices_decode_without_each_other(config: ModelConfi
     verbs = Verbs(config, SamplerConfig(slots=8, tokens_per_dispatch=4), DrawConfig(), layout, [7])
     weights = sharding.reshard(random_params(config), run.param_shardings(config, layout))
     slots = verbs.empty(8, 32)
-    program = jit(verbs.generate).lower(weights, slots, slots.is_free, jnp.int32(4), jnp.int32(0)).compile().as_text()
+    leaves, tree = jax.tree.flatten((weights, slots))
+
+    def generate(leaves: list) -> list:  # plain arrays: what `lower` makes of a dataclass is none of its kind
+        weights, slots = jax.tree.unflatten(tree, leaves)
+        return jax.tree.leaves(verbs.generate(weights, slots, slots.is_free, jnp.int32(4), jnp.int32(0)))
+
+    program = jit(generate).lower(leaves).compile().as_text()
     moves = re.findall(r" = (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program)
     assert [(shape.split("[")[0], kind) for shape, kind in moves] == [("s32", "all-reduce")]  # how many are still live
 

@@ -86,7 +86,7 @@ def test_a_chat_template_takes_every_turn_and_thinking_opens_once() -> None:
         ([{"messages": [{"role": "user", "content": "a"}] * 2}], "line 1: the last message must be the assistant's"),
         ([talk("a", " \n")], "line 1: the last message must be the assistant's and not empty"),
         ([{"messages": [{"role": "user", "content": 3}, {}]}], "line 1: a message must have .* got .*3"),
-        ([talk("a", "9" * ROW)], f"all 1 conversations are longer than a row .*config.sft.row_tokens is {ROW}"),
+        ([talk("a", "é" * ROW)], f"all 1 conversations are longer than a row .*config.sft.row_tokens is {ROW}"),
         ([], "has no conversation"),
     ],
 )
@@ -96,7 +96,7 @@ def test_what_is_no_conversation_is_named_by_its_line(tmp_path: pathlib.Path, re
 
 
 def test_long_conversations_are_left_out_and_counted(tmp_path: pathlib.Path) -> None:
-    path = write(tmp_path / "some.jsonl", [talk("a", "b"), talk("a", "9" * ROW)])
+    path = write(tmp_path / "some.jsonl", [talk("a", "b"), talk("a", "é" * ROW)])
     packed = conversations.read(path, "config.sft.data", TOKENIZER, "plain", ROW)
     assert (packed.conversations, packed.too_long) == (1, 1)
 
