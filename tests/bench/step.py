@@ -160,8 +160,8 @@ def main() -> None:
     """Times the steps after warm-up and writes the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two for warm-up")
-    parser.add_argument("--row_tokens", type=int, default=160, help="length of a packed row")
-    parser.add_argument("--rows", type=int, default=16, help="packed rows per microbatch")
+    parser.add_argument("--row_tokens", type=int, default=288, help="length of a packed row")
+    parser.add_argument("--rows", type=int, default=8, help="packed rows per microbatch")
     parser.add_argument("--slots", type=int, default=512, help="completions decoded side by side")
     parser.add_argument("--cpu_devices", type=int, default=2, help="as how many devices the CPU counts")
     parser.add_argument("--generation", action="store_true", help="time generation alone: lengths, refilling")
