@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             # Stages run in this order, each from what the one before left: pretrain, sft, reasoning_rl, evaluate.
             "stages": ("reasoning_rl",),
             "model": {
-                "path": "",  # a released-model folder or URL (gs://...); empty: the base that is packaged with r1jax
+                "path": "",  # a released-model folder or URL (gs://...); empty: the packaged base, or packaged:bilingual
                 "name": "tiny",  # of configs/models.py; only what starts from nothing (pretrain) reads it
                 "compute_dtype": "float32",  # of activations and of the weights while they are used: float32, bfloat16
                 "cache_dtype": "float32",  # of the sampler's cache

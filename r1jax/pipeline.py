@@ -27,12 +27,17 @@ STAGES = {name: f"r1jax.stages.{name}" for name in ("pretrain", "sft", "reasonin
 # Stages that start from nothing rather than from the policy at config.model.path.
 FROM_NOTHING = ("pretrain",)
 
+# Bases that come with r1jax, by the value of config.model.path.
 BASE = pathlib.Path(r1jax.__file__).parent / "base"
+PACKAGED = {"": BASE, "packaged:bilingual": BASE.with_name("base_bilingual")}
 
 
 def base_folder(model: Mapping[str, Any]) -> Folder:
     """The released-model folder that a run with these values of config.model begins with."""
-    return folder_at(model["path"] or BASE)
+    path = model["path"]
+    if path.startswith("packaged:") and path not in PACKAGED:
+        raise ValueError(f"config.model.path is {path!r}; packaged are {', '.join(filter(None, PACKAGED))}")
+    return folder_at(PACKAGED.get(path, path))
 
 
 def starts_from_nothing(stages: Sequence[str]) -> bool:
