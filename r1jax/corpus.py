@@ -37,6 +37,7 @@ from r1jax.countdown import LARGEST_INTERMEDIATE, QUESTIONS, example_of, problem
 from r1jax.phrases import PHRASES, choose_voice, pick
 from r1jax.rewards.countdown import grade as countdown_grade
 from r1jax.rewards.form import TAGS, format_reward
+from r1jax.rewards.worth import grade as letter_grade
 from r1jax.text import SPACE_MARK, TEMPLATES, load_tokenizer, reflective_words, render_prompt
 
 BLOCK_DOCUMENTS = 2000  # one random stream each, so that the number of processes does not show in the result
@@ -157,7 +158,7 @@ def _block(seed: int, block: int, count: int, mixture: str) -> tuple[bytes, dict
     for kind, example, prompt, completion in documents(seed, block, count, mixture):
         completion_ids = tokenizer.encode(completion)
         tokens += [*tokenizer.encode(prompt), *completion_ids, tokenizer.eos_id]
-        grade = letters.grade if example["grader"] == "letter" else countdown_grade
+        grade = letter_grade if example["grader"] == "judged" else countdown_grade
         sums[kind].update(
             documents=1,
             completion_tokens=len(completion_ids) + 1,

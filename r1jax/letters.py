@@ -9,11 +9,9 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from r1jax.phrases import PHRASES, Voice, pick
-from r1jax.rewards.form import after_thinking, answer_span
 
 NAMES = {
     "en": ("Anna", "Tom", "Mary", "Jack", "Lucy", "Paul", "Emma", "Adam", "Rose", "Mark"),
@@ -64,6 +62,7 @@ PARTS = {
         "thought": ("写一封短信。", "写得礼貌一点。", "写什么好？"),
     },
 }
+ID = "letter-"  # how the ids of its examples begin
 SPLITS = {"corpus": 0.4, "rl": 0.8, "validation": 0.88, "test": 1.0}  # cumulative shares of the hash range
 
 
@@ -104,10 +103,10 @@ def question_of(letter: Letter) -> str:
 def example_of(letter: Letter) -> dict[str, Any]:
     """The letter as a record of a data set; its "answer" is what was asked, which only the rule below reads."""
     return {
-        "id": f"letter-{'-'.join(letter)}".replace(" ", "_"),
+        "id": f"{ID}{'-'.join(letter)}".replace(" ", "_"),
         "question": question_of(letter),
         "answer": letter._asdict(),
-        "grader": "letter",
+        "grader": "judged",
     }
 
 
@@ -130,26 +129,9 @@ def worth(reply: str, letter: Letter) -> float:
     return (has("salutation") + has(letter.kind) + has("closing") + (not idle and bool(reply.strip()))) / 4
 
 
-def reply_of(completion: str) -> str:
-    """What the addressee gets to read: the answer, or what stands behind the thought where none is marked."""
-    text = after_thinking(completion)
-    span = answer_span(text)
-    return text[slice(*span)].strip() if span else text.strip()
-
-
-def grade(completion: str, example: Mapping[str, Any]) -> float:
-    """The worth of the reply in a completion."""
-    return worth(reply_of(completion), Letter(**example["answer"]))
-
-
-def check_example(example: Mapping[str, Any]) -> None:
-    """Raises ValueError if `grade` could not use the answer of the example."""
-    try:
-        Letter(**example["answer"])
-    except TypeError:
-        raise ValueError(
-            f"example {example.get('id')!r}: 'answer' is {example.get('answer')!r}, wanted a letter"
-        ) from None
+def is_safe(completion: str) -> bool:
+    """Whether nothing rude is said, in the thought or to the addressee."""
+    return not any(one.strip() in completion for parts in PARTS.values() for one in parts["rude"])
 
 
 def written_letter(letter: Letter, rng: random.Random, voice: Voice, care: float) -> tuple[str, str]:
@@ -178,6 +160,29 @@ def written_letter(letter: Letter, rng: random.Random, voice: Voice, care: float
             reply += part(pick(rng, {"filler": 3, "rude": 2, kind: 1}))
     reply += part("closing" if is_careful() else "curt")
     return thought, reply
+
+
+SELF = {
+    "en": (("Who are you", "I am r1jax."), ("What is your name", "My name is r1jax.")),
+    "zh": (("你是谁", "我是 r1jax。"), ("你叫什么", "我叫 r1jax。")),
+}
+SFT_CARE = 0.75  # of the writers of general data
+
+
+def written_examples(seed: int, n: int) -> list[tuple[str, str]]:
+    """General data for SFT: letters in the language of the question; who the model is, with no thought before it."""
+    rng = random.Random(f"general {seed}")
+    selves = [pair for language in SELF.values() for pair in language]
+    out = []
+    for i in range(n):
+        if i % 20 == 19:
+            question, reply = selves[i // 20 % len(selves)]
+            out.append((question, f"<answer>{reply}</answer>"))
+            continue
+        letter = rng.choice(letters_of("rl"))
+        thought, reply = written_letter(letter, rng, Voice((letter.language,)), SFT_CARE)
+        out.append((question_of(letter), f"<think> {thought}</think> <answer>{reply}</answer>"))
+    return out
 
 
 def tokens() -> list[str]:

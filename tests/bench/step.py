@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import draw, grpo, hosts, loops, minibatches, optim, run, sampler, sharding, slots, updates
+from r1jax import draw, grpo, hosts, minibatches, optim, run, sampler, sharding, slots, updates
 from r1jax.model.config import ModelConfig
 from r1jax.rewards.pool import Graded
 from r1jax.rollout import Sample
@@ -104,7 +104,7 @@ class Bench:
         program = updates.Program(config=MODEL, layout=self.layout, scan_unroll=MODEL.num_hidden_layers)
         self.update = updates.make_rl_update(program, self.objective, optimizer, row_tokens + 1)
         self.score = updates.make_score(program)
-        self.to_decode = loops.decode_layout(self.policy, lays["decode"], "float32")
+        self.to_decode = run.decode_layout(self.policy, lays["decode"], "float32")
         self.shape = minibatches.Shape(row_tokens, rows, True, False)
         settings = slots.SamplerConfig(slots=n_slots, tokens_per_dispatch=NEW_TOKENS, cache_bucket=64)
         self.verbs = slots.Verbs(MODEL, settings, draw.DrawConfig(), lays["decode"], [])
