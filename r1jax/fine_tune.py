@@ -27,12 +27,11 @@ def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> 
         f"{given.conversations:,} conversations in {len(given.rows.tokens):,} rows of {c['row_tokens']:,} tokens, "
         f"{c['epochs']:g} epochs of them in {steps:,} steps{left_out}"
     )
-    settings = optim_config(config)
     params = next_token.train(
         run,
         policy,
         training_program(config, policy, run.layouts["train"]),
-        dataclasses.replace(settings, decay_steps=settings.decay_steps or steps),
+        optim_config(config, steps),
         given.rows,
         valid.rows if valid else None,
         next_token.Schedule(steps, c["rows"], c["valid_every"], c["valid_rows"], c["microbatch_rows"]),

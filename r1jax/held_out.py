@@ -82,8 +82,19 @@ class HeldOut:
         )  # fmt: skip
 
 
-def prepare(run: Run, config: Config, policy: Policy, pool: RewardPool, training: Verbs | None = None) -> HeldOut:
-    """What config.eval and config.data ask for; `training` are sampling functions to use where tokens are drawn alike.
+def prepare(
+    run: Run,
+    config: Config,
+    policy: Policy,
+    pool: RewardPool,
+    training: Verbs | None = None,
+    judge: Callable[[list[Group]], list[Group]] | None = None,
+) -> HeldOut:
+    """What config.eval and config.data ask for.
+
+    Args:
+        training: sampling functions to use where tokens are drawn alike.
+        judge: see `HeldOut`.
 
     Raises:
         ValueError: no such source or split, or a prompt that is too long; names the key.

@@ -93,8 +93,8 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder:
 
 
 def page_of(config: ConfigDict, name: str) -> str:
-    """The page that a stage goes through."""
-    return config.pipeline[name].page if name in config.pipeline else name
+    """The page that a stage goes through, by default that of its name."""
+    return config.pipeline.get(name, {}).get("page", name)
 
 
 def check_stages(config: ConfigDict) -> None:

@@ -45,7 +45,7 @@ def reinforce(run: Run, config: Config, policy: Policy, general: General | None 
     """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html."""
     settings = loops.RlConfig(**{**config["rl"], "length_schedule": tuple(map(tuple, config["rl"]["length_schedule"]))})
     objective = grpo.GrpoConfig(**config["grpo"])
-    optimizing = optim_config(config)
+    optimizing = optim_config(config, settings.updates)
     train, decode = run.layouts["train"], run.layouts["decode"]
     prompts = config["data"]
     key, max_prompt_tokens = jax.random.key(run.seed), prompts["max_prompt_tokens"]

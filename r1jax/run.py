@@ -156,9 +156,10 @@ def training_program(config: "Config", policy: Policy, layout: sharding.Layout, 
     )
 
 
-def optim_config(config: "Config") -> optim.OptimConfig:
-    """The optimizer's settings, of config.optim."""
-    return optim.OptimConfig(**{key: value for key, value in config["optim"].items() if key != "router_bias_rate"})
+def optim_config(config: "Config", steps: int = 0) -> optim.OptimConfig:
+    """The optimizer's settings, of config.optim; a schedule lasts `steps` if nothing is said."""
+    fields = {key: value for key, value in config["optim"].items() if key != "router_bias_rate"}
+    return optim.OptimConfig(**{**fields, "decay_steps": fields["decay_steps"] or steps})
 
 
 Config = Mapping[str, Any]  # the whole config, or a group of it

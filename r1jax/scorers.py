@@ -44,7 +44,7 @@ def describe(sums: Mapping[str, jax.Array], learning_rate: float) -> dict[str, f
     s = {name: float(hosts.fetch(value)) for name, value in sums.items() if value.ndim == 0}
     return {
         "loss/mean": s["loss"],
-        "reward_model/accuracy": s["right"] / max(s["rows"], 1.0),
+        "accuracy/preference": s["right"] / max(s["rows"], 1.0),
         "grad/norm": s["optim/grad_norm"],
         "optim/lr": learning_rate,
     }
@@ -79,8 +79,7 @@ def train(
     per_item = rows["tokens"].shape[1]
     items = c["rows"] // per_item
     steps = max(1, round(c["epochs"] * len(rows["tokens"]) / items))
-    settings = optim_config(config)
-    settings = dataclasses.replace(settings, decay_steps=settings.decay_steps or steps)
+    settings = optim_config(config, steps)
     optimizer = optim.make_optimizer(settings, params)
     lies = updates.state_shardings(lies, optimizer, params, layout.sharding())
     state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(params)

@@ -44,7 +44,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         run,
         policy,
         program,
-        optim_config(config),
+        optim_config(config, c.steps),
         read_corpus(c.corpus, eos, c.row_tokens, "config.pretrain.corpus"),
         read_corpus(c.valid_corpus, eos, c.row_tokens, "config.pretrain.valid_corpus"),
         next_token.Schedule(c.steps, c.rows, c.valid_every, c.valid_rows),
