@@ -67,10 +67,13 @@ class HeldOut:
             record |= evaluate.measure_general(self.judge(general) if self.judge else general)
         self.run.summary.add(record)
         low, high = record["pass_at_1_ci"]
+        more = {"language_consistency": "in the question's language", "general_worth": "worth of letters"}
         hosts.say(
             f"evaluation at step {step}: pass@1 {record['pass_at_1']:.1%} [{low:.1%}, {high:.1%}], "
             f"cons@{record['k']} {record['cons_at_k']:.1%}, {record['mean_completion_tokens']:.1f} tokens, "
-            f"{record['reflective_per_completion']:.2f} reflective words ({record['n_problems']} problems)"
+            f"{record['reflective_per_completion']:.2f} reflective words"
+            + "".join(f", {record[name]:.1%} {what}" for name, what in more.items() if name in record)
+            + f" ({record['n_problems']} problems)"
         )
 
     def sample(self, weights: Params, limit: int) -> list[Group]:
