@@ -265,7 +265,7 @@ def _last_scores(program: Program, params: Params, micro: Batch) -> tuple[Array,
 def _pairwise(scores: Array, _: Batch) -> tuple[Array, Array]:
     """Bradley-Terry (R1 report, section 2.3.4): rows are a chosen and a rejected answer in turn."""
     gap = scores[0::2] - scores[1::2]
-    return jnp.repeat(-jax.nn.log_sigmoid(gap) / 2, 2), jnp.repeat(gap > 0, 2)
+    return jnp.repeat(-jax.nn.log_sigmoid(gap), 2), jnp.repeat(gap > 0, 2)
 
 
 def _pointwise(scores: Array, micro: Batch) -> tuple[Array, Array]:
