@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from r1jax import hosts
 from r1jax.model import tensors
 from r1jax.model.config import ModelConfig
-from r1jax.types import Params
+from r1jax.types import Lazy, Params
 
 KEY = "adapters"  # the one top-level key of the tree
 
@@ -95,6 +95,23 @@ def merge(frozen: Params, params: Params, config: ModelConfig, lora: Lora) -> Pa
         for leaf, path, _ in tensors.leaves(entry, size):
             ours = jax.vmap(lambda one, e=entry, leaf=leaf: tensors.to_ours(one, e.row, leaf, size))(change)
             flat[path] = flat[path].astype(jnp.float32) + ours
+    return unflatten_dict(flat, sep=".")
+
+
+def merge_lazily(frozen: Params, params: Mapping, config: ModelConfig, lora: Lora) -> Params:
+    """As `merge`, of `Lazy` frozen leaves and adapters on the host: nothing is added before it is read."""
+    size, flat = tensors.sizes(config), flatten_dict(frozen, sep=".")
+
+    def summed(leaf: str, entry: tensors.Entry, was: Lazy, pair: Mapping[str, np.ndarray]) -> Lazy:
+        def read(place: tuple[int, ...]) -> np.ndarray:
+            change = np.float32(lora.alpha / lora.rank) * (pair["b"][place] @ pair["a"][place])
+            return was[place].astype(np.float32) + tensors.to_ours(change, entry.row, leaf, size)
+
+        return Lazy(was.shape, np.dtype(np.float32), read)
+
+    for name, entry in adapted(config, lora).items():
+        for leaf, path, _ in tensors.leaves(entry, size):
+            flat[path] = summed(leaf, entry, flat[path], params[KEY][name])
     return unflatten_dict(flat, sep=".")
 
 
