@@ -36,6 +36,7 @@ CORE = [
 TEST = [
     "beartype>=0.19",
     "hypothesis>=6.100",
+    "py3langid>=0.3",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

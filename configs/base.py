@@ -55,6 +55,8 @@ def get_config() -> ConfigDict:
                 "workers": 1,  # processes; 0 grades in the trainer itself, unprotected
                 "timeout_s": 10.0,  # per completion
                 "batch_timeout_s": 600.0,  # for what is left to grade when the last completion is there
+                # An answer in text counts in a box, <answer> tags or behind "####"; False: "the answer is 5" does too.
+                "marked_answers": True,
                 # Layers that the sandbox of programs may lack: landlock, seccomp, ...; else it refuses to run them.
                 "sandbox_accepts": (),
             },

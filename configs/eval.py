@@ -16,5 +16,6 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.stages = ("evaluate",)
     config.data.template = "chat"
+    config.grading.marked_answers = False  # of other people's models, too
     config.eval.update({"temperature": 0.6, "top_p": 0.95, "max_completion_tokens": 32_768})
     return config

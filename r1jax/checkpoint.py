@@ -23,11 +23,18 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from r1jax import hosts
+from r1jax.types import Lazy
 
 # orbax logs a failed save as 300 lines of tracebacks before it raises it; `wait` says it in three.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+# Larger arrays of at least three axes are stored by their first one, that of layers: an export reads one at a time.
+SPLIT_BYTES = 1 << 26
+# What an export keeps of the chunks that it has read: of sharded arrays each tensor is a part of many.
+CACHE_BYTES = 1 << 29
 
 
 class Checkpoints:
@@ -102,7 +109,8 @@ class Checkpoints:
             "arrays": {name: _describe(array) for name, array in arrays.items()},
         }
         try:
-            self._orbax.save(self.folder / str(step) / "arrays", args=ocp.args.PyTreeSave(arrays))
+            how = {name: ocp.SaveArgs(shard_axes=_split(array)) for name, array in arrays.items()}
+            self._orbax.save(self.folder / str(step) / "arrays", args=ocp.args.PyTreeSave(arrays, how))
         except OSError as error:
             raise self._not_written(step, _brief(error)) from error
         self._saving = step, self._thread.submit(self._finish, step, record)
@@ -148,6 +156,36 @@ class Checkpoints:
             ValueError: no such checkpoint; another structure, shape or dtype; or damaged files. Nothing is replaced
                 silently: the error names the newest sound checkpoint and what to delete to continue from there.
         """
+        wanted = dict(_named(like))
+        record = self._sound(step, wanted)
+        how = {name: ocp.ArrayRestoreArgs(sharding=_sharding(leaf)) for name, leaf in wanted.items()}
+        args = ocp.args.PyTreeRestore(wanted, how, partial_restore=True)
+        arrays = self._orbax.restore(self.folder / str(step) / "arrays", args=args)
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), record["host"]
+
+    def open(self, step: int, like: Any) -> Any:
+        """The tree saved at `step` as `Lazy` leaves, of which nothing is read yet; for a single process.
+
+        Args:
+            like: as for `restore`; its shardings do not matter.
+
+        Raises:
+            ValueError: as `restore`.
+        """
+        wanted = dict(_named(like))
+        self._sound(step, wanted)
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        base = f"file://{self.folder / str(step) / 'arrays'}/"
+
+        def lazy(name: str, leaf: Any) -> Lazy:
+            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+            stored = tensorstore.open(spec, context=context, open=True, read=True).result()
+            return Lazy(leaf.shape, leaf.dtype, lambda place: stored[place].read().result())
+
+        return jax.tree.unflatten(jax.tree.structure(like), [lazy(*pair) for pair in wanted.items()])
+
+    def _sound(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a step whose files are whole and fit `wanted`; ValueError as `restore` says."""
         self.wait()
         if step not in (steps := self.steps()):
             there = f"it holds steps {', '.join(map(str, steps))}" if steps else "it holds none"
@@ -157,16 +195,12 @@ class Checkpoints:
         if damage := next(filter(None, hosts.gather(_damage(self.folder / str(step)))), None):
             raise ValueError(f"{damage}. {self._way_out(step, steps)}")
         record = _read_manifest(_manifests(self.folder / str(step))[0])
-        wanted = dict(_named(like))
         if difference := _first_difference(record["arrays"], wanted):
             raise ValueError(
                 f"checkpoint {self.folder / str(step)} does not fit this config: {difference}. Set config.model and "
                 "config.optim to what the run folder's config.json says, or start anew under another --workdir"
             )
-        how = {name: ocp.ArrayRestoreArgs(sharding=_sharding(leaf)) for name, leaf in wanted.items()}
-        args = ocp.args.PyTreeRestore(wanted, how, partial_restore=True)
-        arrays = self._orbax.restore(self.folder / str(step) / "arrays", args=args)
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), record["host"]
+        return record
 
     def _make_room(self, step: int, n_bytes: int) -> None:
         """Clears away what a killed run left (not earlier: a reader must not touch what another process is saving)."""
@@ -236,6 +270,10 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
         assert isinstance(leaf, jax.Array | jax.ShapeDtypeStruct), f"{name} is a {type(leaf).__name__}, not a jax.Array"
         assert not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key), f"{name}: save jax.random.key_data(key)"
     return leaves
+
+
+def _split(array: jax.Array) -> tuple[int, ...]:
+    return (0,) if array.ndim > 2 and array.nbytes > SPLIT_BYTES else ()
 
 
 def _describe(leaf: Any) -> str:

@@ -1,6 +1,7 @@
 """The command: python -m r1jax.export --checkpoint=RUN[/checkpoints/STAGE[/STEP]] --out=DIR [--dtype=bfloat16] [--fp8]
 
-A checkpoint of any stage as a released-model folder, which `transformers` loads with AutoModelForCausalLM.
+A checkpoint of any stage as a released-model folder, which `transformers` loads with AutoModelForCausalLM. It goes
+tensor by tensor, so that a policy trained on many hosts needs the memory of none.
 """
 
 import argparse
@@ -67,8 +68,8 @@ def choose(workdir: pathlib.Path, stages: list[str], stage: str | None, step: in
     return stage, there[stage][-1] if step is None else step
 
 
-def read_policy(workdir: pathlib.Path, stage: str | None = None, step: int | None = None) -> tuple[ModelConfig, Params]:
-    """The policy that a stage's checkpoint holds, float32, adapters merged into the weights they were trained on.
+def open_policy(workdir: pathlib.Path, stage: str | None = None, step: int | None = None) -> tuple[ModelConfig, Params]:
+    """The policy that a stage's checkpoint holds as `Lazy` leaves, adapters merged into the weights they belong to.
 
     Raises:
         ValueError: no such run or checkpoint, a damaged one, or the model that it began with is gone.
@@ -79,11 +80,12 @@ def read_policy(workdir: pathlib.Path, stage: str | None = None, step: int | Non
     adapting = run.adapting(model, config.get("lora", {}))
     like = transformer.shapes(model) if adapting is None else lora.shapes(model, adapting)
     with checkpoint.Checkpoints(workdir / "checkpoints" / stage, save_every=1, keep=1) as saved:
-        params = saved.restore(step, {"policy": like})[0]["policy"]
+        params = saved.open(step, {"policy": like})["policy"]
     if adapting is None:
         return model, params
-    frozen = convert.load(pipeline.base_folder(config["model"]), dtype="float32")[1]
-    return model, jax.jit(lambda *given: lora.merge(*given, model, adapting))(frozen, params)
+    frozen = convert.open_leaves(pipeline.base_folder(config["model"]), "float32")[1]
+    adapters = jax.tree.map(lambda leaf: leaf[()], params)
+    return model, lora.merge_lazily(frozen, adapters, model, adapting)
 
 
 def chat_template(template: str, adds_bos: bool = False) -> str:
@@ -145,7 +147,7 @@ def export(
     config = read_config(workdir)
     base = pipeline.base_folder(config["model"])
     files = companions(base, config.get("data", {}).get("template", "plain"))
-    model, params = read_policy(workdir, stage, step)
+    model, params = open_policy(workdir, stage, step)
     hf = safetensors_io.read_config(base) if base.has("config.json") else {}
     ids = json.loads(files["generation_config.json"])
     fields = {name: hf.get(name, ids.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

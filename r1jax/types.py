@@ -5,6 +5,7 @@ E experts, F MLP width, V vocabulary, L layers, N prompts, G group.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,3 +41,15 @@ class Completion:
     logp: np.ndarray
     stop: str  # "stop" or "length"
     experts: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A leaf of a parameter tree that is read where it is indexed, so that a whole one need not fit into memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[int, ...]], np.ndarray]  # of the leading indices
+
+    def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
+        return self.read(tuple(map(int, place)))

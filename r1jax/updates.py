@@ -19,7 +19,7 @@ from jaxtyping import Array
 from r1jax import grpo, optim, sharding
 from r1jax.model import transformer
 from r1jax.model.config import ModelConfig
-from r1jax.model.lora import Lora, merge
+from r1jax.model.lora import Lora, adapt, merge
 from r1jax.types import Params
 
 Batch = dict[str, Array]
@@ -67,7 +67,10 @@ def state_shardings(shardings: Params, optimizer: optax.GradientTransformation, 
 
 
 def _weights(program: Program, params: Params, frozen: Params | None) -> Params:
-    return weights_of(program.config, program.lora, params, frozen, program.compute_dtype)
+    dtype = program.compute_dtype
+    if program.lora is None:
+        return cast(params, dtype)
+    return adapt(frozen, cast(frozen, dtype), params, program.config, program.lora, dtype)
 
 
 def _run(program: Program, weights: Params, micro: Batch) -> transformer.Hidden:

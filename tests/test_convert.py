@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import pathlib
 
 import jax
@@ -14,6 +15,8 @@ from flax.traverse_util import flatten_dict
 from folders import BFLOAT16, CONFIGS, DEEPSEEK, edit, random_tree, read
 from safetensors.numpy import save_file
 
+from configs import models
+from r1jax import run
 from r1jax.model import convert, fp8, safetensors_io, tensors, transformer
 from r1jax.model.config import ModelConfig
 from r1jax.model.families import config_from_hf, config_to_hf
@@ -56,6 +59,84 @@ def test_published_configuration_comes_back() -> None:
     config = config_from_hf(json.loads((PUBLISHED / "config.json").read_text()))
     assert (config.n_dense, config.n_moe, config.cache_width, config.rope.factor) == (3, 58, 576, 40)
     assert config_from_hf(config_to_hf(config)) == config
+
+
+# config.json of deepseek-ai/DeepSeek-V2-Lite, as it was published.
+V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+
+
+def test_v2_lite_is_the_published_one() -> None:
+    config, preset = config_from_hf(V2_LITE), run.model_config(models.MODELS["deepseek_v2_lite"])
+    assert dataclasses.replace(preset, group_score=config.group_score) == config, "one group: its score does not count"
+    sizes = [math.prod(shape) for shape, _ in convert.tensor_plan(V2_LITE).values()]
+    assert sum(sizes) == 15_706_484_224
+    assert {kind for _, kind in convert.tensor_plan(V2_LITE).values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tiny", "deepseek_v3"),
+        ("deepseek_v2_lite", "deepseek_v2"),
+        ("qwen2_5_7b", "qwen2"),
+        ("qwen3_30b_a3b", "qwen3_moe"),
+    ],
+)
+def test_architectures_by_name_have_a_released_family(name: str, kind: str) -> None:
+    config = run.model_config(models.MODELS[name])
+    hf = config_to_hf(config)
+    assert hf["model_type"] == kind
+    assert dataclasses.replace(config_from_hf(hf), group_score=config.group_score) == config
 
 
 @every_config

@@ -1,5 +1,6 @@
 """Any stage's checkpoint becomes a released-model folder: the weights of the run, whole or not at all."""
 
+import dataclasses
 import json
 import pathlib
 import resource
@@ -14,8 +15,9 @@ import pytest
 from folders import read
 from tiny_run import POLICY, ROOT, STAGE, execute, make_config, make_policy
 
-from r1jax import chat, export, text
-from r1jax.model import convert, fp8, transformer
+from r1jax import chat, checkpoint, export, pipeline, run, text
+from r1jax.folders import folder_at
+from r1jax.model import convert, fp8, lora, transformer
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,53 @@ def test_transformers_computes_the_same(finished: dict, tmp_path: pathlib.Path) 
     np.testing.assert_allclose(transformer.forward(params, config, jnp.asarray(tokens)), want, atol=1e-4, rtol=0)
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.startswith("r1jax: ") and "not an empty folder" in again.stderr
+
+
+# Memory is counted from where the packages are imported and the peak is set back (proc(5), clear_refs).
+STREAM = """
+import pathlib, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from r1jax import checkpoint, export
+def memory(line):
+    status = pathlib.Path("/proc/self/status").read_text()
+    return next(1024 * int(l.split()[1]) for l in status.splitlines() if l.startswith(line))
+export.export(sys.argv[1], sys.argv[2] + "-first")  # what jax and tensorstore set up once is no part of it
+checkpoint.CACHE_BYTES = 1 << 22
+before = memory("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+export.export(sys.argv[1], sys.argv[2])
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the kernel counts no peak memory")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_an_export_holds_a_few_tensors_at_a_time(
+    adapters: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 768, "num_hidden_layers": 12}
+    config = dataclasses.replace(POLICY, **wide)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.random(s.shape, np.float32)), transformer.shapes(config))
+    base, workdir = tmp_path / "base", tmp_path / "run"
+    convert.save(params, config, base, run.companions(folder_at(pipeline.BASE)))
+    monkeypatch.setattr(checkpoint, "SPLIT_BYTES", 1 << 20)
+    written = {"stages": [STAGE], "model": {"path": str(base)}, "data": {"template": "plain"}}
+    saved, whole = params, params
+    if adapters:
+        written["lora"] = {"rank": 2, "alpha": 4.0, "targets": ["o_proj", "down_proj"]}
+        asked = run.adapting(config, written["lora"])
+        saved = jax.tree.map(lambda s: jnp.asarray(rng.random(s.shape, np.float32)), lora.shapes(config, asked))
+        whole = lora.merge(params, saved, config, asked)
+    with checkpoint.Checkpoints(workdir / "checkpoints" / STAGE, save_every=1, keep=1) as checkpoints:
+        checkpoints.save(3, {"policy": saved}, {})
+    (workdir / "config.json").write_text(json.dumps(written))
+    words = [sys.executable, "-c", STREAM, str(workdir), str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert total > 100e6 and int(done.stdout) < total / 5, f"{int(done.stdout) / total:.2f} of the policy"
+    _, back = convert.load(tmp_path / "out")
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 if adapters else 0, rtol=0)

@@ -137,6 +137,23 @@ def test_only_adapters_are_trained(mesh: dict | None) -> None:
     assert np.abs(got[0] - got[1]).max() > 1e-3
 
 
+def test_no_full_gradient_is_stacked() -> None:
+    wide = {"hidden_size": 128, "num_hidden_layers": 12, "intermediate_size": 384, "head_dim": 32, "vocab_size": 32}
+    config = dataclasses.replace(CONFIGS["llama"], **wide)
+    asked = all_targets(config)
+    frozen, fresh = transformer.shapes(config), lora.shapes(config, asked)
+    optimizer, rows = optax.sgd(1.0), jax.ShapeDtypeStruct((1, 1, 8), np.int32)
+    state = jax.eval_shape(lambda params: updates.init_state(params, optimizer), fresh)
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segments", "parents"), rows)
+    batch["is_completion"] = jax.ShapeDtypeStruct(rows.shape, bool)
+    program = updates.Program(config, one_device()["train"], remat="full", lora=asked)
+    lowered = updates.make_sft_update(program, optimizer).lower(
+        state, batch, jax.ShapeDtypeStruct((), np.int32), frozen
+    )
+    stack = sum(leaf.size * 4 for leaf in jax.tree.leaves(frozen["dense"]))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < stack / 3
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

@@ -65,7 +65,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
-    "deepseek_v2, greedy": {**V2, "topk_method": "greedy", "q_lora_rank": None, "routed_scaling_factor": 1.5},
+    "deepseek_v2, greedy, YaRN as V2-Lite": {
+        **V2,
+        "topk_method": "greedy",
+        "q_lora_rank": None,
+        "routed_scaling_factor": 1.5,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
     "deepseek_v2, groups, YaRN": {
         **V2,
         "topk_method": "group_limited_greedy",

@@ -78,6 +78,17 @@ def test_a_weighted_sum_with_the_rewards_and_the_answer_beside_it():
     assert good.flags == () and 0 < good.seconds < 10
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mark_is_asked_for_where_the_config_says_so(workers):
+    example, said = {"id": "m1", "grader": "math", "answer": "5"}, ["the answer is 5", r"\boxed{5}"]
+    for asked, rewards, answers in ((True, [0.0, 1.0], [None, "5"]), (False, [1.0, 1.0], ["5", "5"])):
+        with RewardPool({"accuracy": 1.0}, workers, 10.0, marked_answers=asked) as pool:
+            for ticket, completion in enumerate(said):
+                pool.submit(ticket, "", completion, example)
+            graded = pool.drain()
+        assert ([g.reward for g in graded], [g.answer for g in graded]) == (rewards, answers)
+
+
 def test_results_do_not_depend_on_the_number_of_processes(user_file):
     def results(workers):
         weights = {**WEIGHTS, "act": 0.1}

@@ -251,22 +251,23 @@ def test_whole_sets_of_references(name):
     assert all(gold == other for gold, other in accepted)
 
 
-def test_labelled_examples_bring_no_false_accept():
+def test_labelled_examples_bring_no_false_accept_and_few_false_rejects():
     path = SHARED / "verifier_examples.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    rows = [row for row in rows if row["tier"] != "doubtful"]
-    wrong = [
-        row["id"]
-        for row in rows
-        if not row["equal"]
-        and math.grade(
-            row["prediction"] if row["kind"] == "response" else rf"\boxed{{{row['prediction']}}}",
-            {"answer": row["gold"]},
-        )
-    ]
-    assert not wrong
+    for tier, least in (("core", 0.99), ("extra", 0.96)):
+        cases = [row for row in rows if row["tier"] == tier]
+        verdicts = [
+            math.grade(
+                row["prediction"] if row["kind"] == "response" else rf"\boxed{{{row['prediction']}}}",
+                {"answer": row["gold"]},
+            )
+            for row in cases
+        ]
+        pairs = list(zip(cases, verdicts, strict=True))
+        assert len(cases) > 80 and not [row["id"] for row, verdict in pairs if verdict and not row["equal"]]
+        assert sum(verdict == row["equal"] for row, verdict in pairs) >= least * len(cases)
 
 
 def test_a_batch_in_processes_agrees_with_one_by_one():

@@ -109,7 +109,7 @@ def test_the_text_of_one_choice_is_its_letter():
 )
 def test_f1(gold, found, share):
     assert exact.f1(gold, found) == pytest.approx(share)
-    assert exact.f1_reward("", f"<answer>{found}</answer>", {"answer": ["nothing else", gold]}) == pytest.approx(share)
+    assert exact.best_f1(f"<answer>{found}</answer>", {"answer": ["nothing else", gold]}) == pytest.approx(share)
     assert exact.grade_exact(f"<answer>{found}</answer>", {"answer": gold}) == (share == 1.0)
 
 

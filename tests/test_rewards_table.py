@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1jax.rewards.table import REWARDS, accuracy, canonical_answer, check_examples, resolve
+from r1jax.rewards.table import GRADERS, REWARDS, accuracy, canonical_answer, check_examples, resolve
 
 COUNTDOWN = {"id": "c1", "grader": "countdown", "answer": {"numbers": [3, 5, 7], "target": 26}}
 MATH = {"id": "m1", "grader": "math", "answer": "26"}
@@ -61,6 +61,37 @@ def test_accuracy_asks_the_grader_that_the_example_names():
 def test_a_thought_that_the_prompt_opened_is_not_read_for_the_answer():
     assert accuracy("Assistant: <think>\n", r"it may be \boxed{26}", MATH) == 0.0
     assert accuracy("Assistant: <think>\n", r"it may be </think> \boxed{26}", MATH) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "is_marked"),
+    [
+        (r"so \boxed{26}.", True),
+        ("<answer>26</answer>", True),
+        ("3 + 23 = 26\n#### 26", True),
+        ("The answer is 26.", False),
+        ("Final answer: 26", False),
+        ("26", False),
+        (r"\boxed{26", False),
+        (r"\boxed{25} No: the final answer is 26.", False),
+        (r"<think>\boxed{26}</think> The answer is 26.", False),
+    ],
+)
+def test_where_a_mark_is_asked_for_only_a_marked_answer_counts(completion, is_marked):
+    text = {**MATH, "grader": "exact"}
+    for example in (MATH, text):
+        assert accuracy("", completion, example, marked_answers=True) == is_marked
+        assert (canonical_answer("", completion, example, marked_answers=True) in ("26", "26.0")) == is_marked
+    assert resolve("f1")("", completion, text, marked_answers=True) == is_marked
+    closed = completion != r"\boxed{26"
+    assert accuracy("", completion, MATH) == closed, "unless somebody else's habits are judged"
+    choice = {"id": "x", "grader": "choice", "answer": "B"}
+    assert accuracy("", completion.replace("26", "B"), choice, marked_answers=True) == is_marked
+
+
+def test_programs_and_countdown_need_no_other_mark_than_their_own():
+    assert accuracy("", "<think>a</think> <answer>3*7+5</answer>", COUNTDOWN, marked_answers=True) == 1.0
+    assert not GRADERS["code"].finds_unmarked
 
 
 def test_golds_are_checked_by_the_graders_that_will_read_them():

@@ -18,15 +18,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from r1jax import hosts
 from r1jax.folders import Folder, folder_at
 from r1jax.model import fp8, safetensors_io, tensors
-from r1jax.model.assemble import PIECE_BYTES, assemble, reader
+from r1jax.model.assemble import PIECE_BYTES, assemble, is_finite, reader
 from r1jax.model.config import ModelConfig
 from r1jax.model.families import config_from_hf, config_to_hf
 from r1jax.model.safetensors_io import Stored, Tensor, listed
 from r1jax.model.transformer import logical_axes
 from r1jax.sharding import layouts, tree_shardings
-from r1jax.types import Params
+from r1jax.types import Lazy, Params
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -108,6 +109,39 @@ def load(
     return config, unflatten_dict(flat, sep=".")
 
 
+def open_leaves(path: str | os.PathLike[str] | Folder, dtype: DTypeLike) -> tuple[ModelConfig, Params]:
+    """As `load`, but the leaves are `Lazy`: each tensor is read when its place in a leaf is asked for.
+
+    Raises:
+        ValueError: as `load`, that of a value which is not finite only when it is read.
+    """
+    folder = folder_at(path)
+    config, hf, stored = open_model(folder)
+    block, entries, size = fp8.block_of(hf), tensors.entries(config), tensors.sizes(config)
+    _check(folder, config, entries, stored, block)
+
+    def lazy(entry: tensors.Entry, leaf: str, at: str, shape: tuple[int, ...]) -> Lazy:
+        kept = _leaf_dtype(stored, entry, at, dtype)
+
+        def read(place: tuple[int, ...]) -> np.ndarray:
+            tensor = stored[entry.names[np.ravel_multi_index(place, entry.lead) if place else 0]]
+            return tensors.to_ours(_values(tensor, stored, block), entry.row, leaf, size).astype(kept)
+
+        return Lazy(shape, kept, read)
+
+    flat = {at: lazy(e, leaf, at, n) for e in entries if not e.copy for leaf, at, n in tensors.leaves(e, size)}
+    return config, unflatten_dict(flat, sep=".")
+
+
+def _values(tensor: Stored, stored: Mapping[str, Stored], block: fp8.Block | None) -> np.ndarray:
+    values = tensor.read()
+    if tensor.dtype == fp8.FLOAT8:
+        values = fp8.dequantise(values, stored[tensor.name + fp8.SCALE].read(), block)
+    if not is_finite(values):
+        raise ValueError(f"{tensor} holds NaN or infinite values")
+    return values
+
+
 def save(
     tree: Params,
     config: ModelConfig,
@@ -121,7 +155,7 @@ def save(
     """Writes a Hugging Face folder that `load` reads back bit for bit and `transformers` computes the same with.
 
     Args:
-        tree: our parameters.
+        tree: our parameters, as arrays or `Lazy` leaves: one stored tensor is held in memory at a time.
         extra_files: further files by name: tokenizer, generation_config.json, chat template.
         hf_fields: fields of config.json that no ModelConfig holds, such as bos_token_id and eos_token_id.
         max_shard_bytes: larger models are split, with an index.
@@ -230,9 +264,10 @@ def _flat(tree: Params) -> dict[str, Any]:
 
 
 def _is_same(one: Stored, other: Stored) -> bool:
-    """Whether two tensors of one shape are alike bit for bit."""
+    """Whether two tensors of one shape are alike bit for bit; each process compares a part."""
     step = max(1, PIECE_BYTES // one.row_bytes)
-    return one.dtype == other.dtype and all(
+    alike = one.dtype == other.dtype and all(
         np.array_equal(*(t.read(first, min(first + step, t.shape[0])).view(np.uint8) for t in (one, other)))
-        for first in range(0, one.shape[0], step)
+        for first in hosts.my_part(range(0, one.shape[0], step))
     )
+    return not hosts.any_across(not alike)

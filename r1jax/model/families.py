@@ -276,6 +276,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         except ValueError as error:
             differences[kind] = [str(error)]
             continue
+        if config.n_group == 1:  # nothing is then chosen by groups
+            back = dataclasses.replace(back, group_score=config.group_score)
         if back == config:
             return hf
         names = [f.name for f in dataclasses.fields(config) if getattr(back, f.name) != getattr(config, f.name)]

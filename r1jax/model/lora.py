@@ -1,9 +1,11 @@
 """Low-rank adapters (LoRA: arXiv 2106.09685) of attention and dense matrices: W + alpha / rank * B A.
 
 Adapters are a parameter tree of their own beside the frozen weights. They lie as PEFT stores them, A [rank, in] and B
-[out, rank] of the released matrices, stacked over layers; `merge` adds them to our leaves inside the loss, so that
-gradients that last and optimizer state exist for A and B alone and no layer knows of them. (qwix would rewrite modules
-as they run; ours are functions of plain trees, so that there is nothing to rewrite.)
+[out, rank] of the released matrices, stacked over layers. In training a stack's leaf is an `Adapted` one, which the
+scan over layers sums for its layer: gradients and optimizer state exist for A and B alone, a full matrix and its
+gradient for one layer at a time (with config.model.remat=full; without it the sums are kept for the backward pass).
+`merge` adds all of them, for decoding and export. (qwix intercepts the calls of Flax modules; ours are functions of
+plain trees.)
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +26,39 @@ from safetensors.numpy import save
 from r1jax import hosts
 from r1jax.model import tensors
 from r1jax.model.config import ModelConfig
-from r1jax.types import Params
+from r1jax.types import Lazy, Params
 
 KEY = "adapters"  # the one top-level key of the tree
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["frozen", "a", "b"],
+    meta_fields=["row", "leaf", "sizes", "scale", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A stacked leaf of ours beside its adapters; a scan over layers takes it apart as it does an array."""
+
+    frozen: Array  # [layers, ...]
+    a: Array  # [layers, rank, in]
+    b: Array  # [layers, out, rank]
+    row: tensors.Row
+    leaf: str
+    sizes: tuple[tuple[str, int], ...]
+    scale: float
+    dtype: str
+
+    def of_layer(self) -> Array:
+        """The sum in float32, rounded to `dtype`, once the leading axis is gone."""
+        change = tensors.to_ours(self.scale * (self.b @ self.a), self.row, self.leaf, dict(self.sizes))
+        return (self.frozen.astype(jnp.float32) + change).astype(self.dtype)
+
+
+def of_layer(p: Params) -> Params:
+    """One layer's weights, with adapters added where there are any."""
+    is_adapted = lambda leaf: isinstance(leaf, Adapted)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.of_layer() if is_adapted(leaf) else leaf, p, is_leaf=is_adapted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +119,17 @@ def init(config: ModelConfig, lora: Lora, key: Array) -> Params:
     return {KEY: out}
 
 
+def adapt(frozen: Params, weights: Params, params: Params, config: ModelConfig, lora: Lora, dtype: str) -> Params:
+    """`weights`, the frozen ones in the compute dtype, with `Adapted` leaves where there are adapters."""
+    size, was, flat = tensors.sizes(config), flatten_dict(frozen, sep="."), flatten_dict(weights, sep=".")
+    for name, entry in adapted(config, lora).items():
+        pair = params[KEY][name]
+        for leaf, path, _ in tensors.leaves(entry, size):
+            how = (entry.row, leaf, tuple(size.items()), lora.alpha / lora.rank, dtype)
+            flat[path] = Adapted(was[path], pair["a"], pair["b"], *how)
+    return unflatten_dict(flat, sep=".")
+
+
 def merge(frozen: Params, params: Params, config: ModelConfig, lora: Lora) -> Params:
     """The whole model's weights: the frozen ones, those with an adapter as float32 sums."""
     size, flat = tensors.sizes(config), flatten_dict(frozen, sep=".")
@@ -95,6 +139,23 @@ def merge(frozen: Params, params: Params, config: ModelConfig, lora: Lora) -> Pa
         for leaf, path, _ in tensors.leaves(entry, size):
             ours = jax.vmap(lambda one, e=entry, leaf=leaf: tensors.to_ours(one, e.row, leaf, size))(change)
             flat[path] = flat[path].astype(jnp.float32) + ours
+    return unflatten_dict(flat, sep=".")
+
+
+def merge_lazily(frozen: Params, params: Mapping, config: ModelConfig, lora: Lora) -> Params:
+    """As `merge`, of `Lazy` frozen leaves and adapters on the host: nothing is added before it is read."""
+    size, flat = tensors.sizes(config), flatten_dict(frozen, sep=".")
+
+    def summed(leaf: str, entry: tensors.Entry, was: Lazy, pair: Mapping[str, np.ndarray]) -> Lazy:
+        def read(place: tuple[int, ...]) -> np.ndarray:
+            change = np.float32(lora.alpha / lora.rank) * (pair["b"][place] @ pair["a"][place])
+            return was[place].astype(np.float32) + tensors.to_ours(change, entry.row, leaf, size)
+
+        return Lazy(was.shape, np.dtype(np.float32), read)
+
+    for name, entry in adapted(config, lora).items():
+        for leaf, path, _ in tensors.leaves(entry, size):
+            flat[path] = summed(leaf, entry, flat[path], params[KEY][name])
     return unflatten_dict(flat, sep=".")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.model import gqa, mla
 from r1jax.model.config import ModelConfig
 from r1jax.model.layers import Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
+from r1jax.model.lora import of_layer
 from r1jax.model.moe import Moe, expert_load, moe
 from r1jax.sharding import constrain
 from r1jax.types import Params
@@ -136,7 +137,7 @@ def _stack(
 ) -> tuple[Array, dict]:
     def body(x: Array, layer: tuple) -> tuple[Array, dict]:
         p, replay = layer
-        x, cache, ids = _layer(p, config, x, positions, mask, replay)
+        x, cache, ids = _layer(of_layer(p), config, x, positions, mask, replay)
         out = {"cache": cache, "experts": ids}
         if ids is not None:
             out["load"] = expert_load(ids, counted, config.n_routed_experts)

@@ -100,7 +100,7 @@ def grade_exact(completion: str, example: Mapping[str, Any]) -> bool:
     return found is not None and normal(found) in map(normal, _golds(example))
 
 
-def f1_reward(prompt: str, completion: str, example: Mapping[str, Any], **context: Any) -> float:
+def best_f1(completion: str, example: Mapping[str, Any]) -> float:
     """The best `f1` of the final answer against the golds."""
     found = _found(completion)
     return max(f1(gold, found) for gold in _golds(example)) if found else 0.0

@@ -8,7 +8,7 @@ so that nobody can box every candidate. All patterns are linear in the text or w
 
 import re
 
-from r1jax.rewards.form import ANSWER, after_thinking, answer_span
+from r1jax.rewards.form import ANSWER, ANSWER_END, after_thinking, answer_span
 from r1jax.rewards.latex import boxes
 
 # Where no answer is marked, it is looked for in so many last characters.
@@ -99,19 +99,10 @@ def extract_answer(completion: str) -> str | None:
     "final answer ...". Without these, what a sentence such as "the answer is ..." gives, else the last formula or
     number. A box or block that is not closed is none.
     """
-    text = after_thinking(completion)
-    if special := _SPECIAL.search(text):
-        text = text[: special.start()]
-    marked: list[tuple[int, str]] = []
-    if "boxed" in text and (joined := _joined_boxes(text)):
-        marked.append(joined)
-    if span := answer_span(text):
-        marked.append((span[0], text[slice(*span)].strip()))
-    for pattern in (_HASHES, _FINAL):
-        for match in pattern.finditer(text):
-            last = match
-        if pattern.search(text):
-            marked.append((last.start(), last[1].strip() if pattern is _HASHES else text[last.end() :]))
+    text = _answering(completion)
+    marked = _marked(text)
+    if said := list(_FINAL.finditer(text)):
+        marked.append((said[-1].start(), text[said[-1].end() :]))
     for start, found in sorted(marked, reverse=True):
         if not _FINAL.match(text, start):
             return found
@@ -119,3 +110,31 @@ def extract_answer(completion: str) -> str | None:
         if stated := _stated(sentence):
             return stated
     return _unmarked(text) if text.strip() and not any(mark in text for mark in (r"\boxed", ANSWER)) else None
+
+
+def only_marked(completion: str) -> str:
+    r"""The answer that is in a box, an `<answer>` block or behind "####" as the only text of a completion, "" without.
+
+    What is graded where the wanted form is part of the task (config.grading.marked_answers): R1 asks for the answer "in
+    a specified format", so that grading by rule does not have to guess, and a policy finds out what is guessed.
+    """
+    marked = _marked(_answering(completion))
+    return f"{ANSWER}{max(marked)[1]}{ANSWER_END}" if marked else ""
+
+
+def _answering(completion: str) -> str:
+    text = after_thinking(completion)
+    special = _SPECIAL.search(text)
+    return text[: special.start()] if special else text
+
+
+def _marked(text: str) -> list[tuple[int, str]]:
+    """Where the last answer of each form stands, and what it is."""
+    out: list[tuple[int, str]] = []
+    if "boxed" in text and (joined := _joined_boxes(text)):
+        out.append(joined)
+    if span := answer_span(text):
+        out.append((span[0], text[slice(*span)].strip()))
+    if hashes := list(_HASHES.finditer(text)):
+        out.append((hashes[-1].start(), hashes[-1][1].strip()))
+    return out

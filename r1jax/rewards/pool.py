@@ -51,10 +51,13 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def item_grader(sources: dict[str, str], sandbox_accepts: tuple[str, ...] = ()) -> Callable[[Item], tuple]:
+def item_grader(
+    sources: dict[str, str], sandbox_accepts: tuple[str, ...] = (), marked_answers: bool = False
+) -> Callable[[Item], tuple]:
     """A function from an item to its rewards by name, canonical answer, flags, and the tracebacks of flags new to it.
 
-    sources: where `resolve` finds each reward. A child process makes its own of it.
+    sources: where `resolve` finds each reward. A child process makes its own of it. marked_answers: goes to the rewards
+    as their context.
     """
     code.accept_missing(sandbox_accepts)
     functions = {name: resolve(source) for name, source in sources.items()}
@@ -65,7 +68,7 @@ def item_grader(sources: dict[str, str], sandbox_accepts: tuple[str, ...] = ()) 
 
         def guarded(name: str, function: Callable, default: Any) -> Any:
             try:
-                return function(*item)
+                return function(*item, marked_answers=marked_answers)
             except KeyboardInterrupt:
                 raise
             except BaseException:  # also SystemExit and asyncio's CancelledError
@@ -94,6 +97,7 @@ class RewardPool:
     paths: where rewards of the user's own names are, as "package.module:function" or "path/to/file.py:function".
     batch_timeout_s: how long `drain` waits for all that is submitted.
     sandbox_accepts: layers of the sandbox that this machine may lack; without them programs are not run.
+    marked_answers: an answer in text counts only where it is marked as such; see table.accuracy.
 
     What a reward prints is discarded. To be used from one thread.
 
@@ -110,6 +114,7 @@ class RewardPool:
         paths: Mapping[str, str] | None = None,
         batch_timeout_s: float = math.inf,
         sandbox_accepts: tuple[str, ...] = (),
+        marked_answers: bool = False,
     ) -> None:
         if not rewards:
             raise ValueError("config.rewards is empty: name at least one reward and its weight, such as accuracy=1.0")
@@ -127,12 +132,13 @@ class RewardPool:
         self._weights = dict(rewards)
         sources = {name: (paths or {}).get(name, name) for name in rewards}
         # Also where children grade: a mistake in the config is found here, in the process that the user looks at.
-        self._grade = item_grader(sources, sandbox_accepts)
+        given = (sources, sandbox_accepts, marked_answers)
+        self._grade = item_grader(*given)
         self._inline: list[Outcome] = []
         self._logged: set[str] = set()
         self._pool = None
         if workers:
-            self._pool = KillablePool("r1jax.rewards.pool:item_grader", (sources, sandbox_accepts), workers, timeout_s)
+            self._pool = KillablePool("r1jax.rewards.pool:item_grader", given, workers, timeout_s)
 
     def __enter__(self) -> "RewardPool":
         return self

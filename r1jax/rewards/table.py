@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from r1jax.rewards import code, countdown, exact, instructions, math
+from r1jax.rewards.final_answer import only_marked
 from r1jax.rewards.form import format_reward, with_forced_thought
 from r1jax.rewards.language import language_id_reward, language_reward, reflection_count
 from r1jax.rewards.penalties import length_penalty, repetition_penalty
@@ -30,15 +31,16 @@ class Grader(NamedTuple):
     grade: Callable[[str, Example], bool]  # of a completion
     answer: Callable[[str, Example], str | None]  # the same text for all completions that a vote should count together
     check_example: Callable[[Example], None]  # ValueError if `grade` could not use the gold
+    finds_unmarked: bool = False  # also reads an answer that nothing marks as such, where that is allowed
 
 
 GRADERS: dict[str, Grader] = {
-    "choice": Grader(exact.grade_choice, exact.answer_choice, exact.check_choice),
+    "choice": Grader(exact.grade_choice, exact.answer_choice, exact.check_choice, True),
     "code": Grader(code.grade, code.answer, code.check_example),
     "countdown": Grader(countdown.grade, countdown.answer, countdown.check_example),
-    "exact": Grader(exact.grade_exact, exact.answer_exact, exact.check_exact),
+    "exact": Grader(exact.grade_exact, exact.answer_exact, exact.check_exact, True),
     "instructions": Grader(instructions.grade, instructions.answer, instructions.check_example),
-    "math": Grader(math.grade, math.answer, math.check_example),
+    "math": Grader(math.grade, math.answer, math.check_example, True),
     # What no rule calls right: rewarded by models of preference.
     "judged": Grader(lambda completion, example: False, lambda completion, example: None, lambda example: None),
 }
@@ -58,23 +60,40 @@ def _grader(name: Any, example: Example) -> Grader:
     return GRADERS[name]
 
 
-def _graded(name: Any, prompt: str, completion: str, example: Example) -> float:
-    return float(_grader(name, example).grade(with_forced_thought(prompt, completion), example))
+def _read(grader: Grader, prompt: str, completion: str, marked_answers: bool) -> str:
+    """What a grader is shown of a completion."""
+    text = with_forced_thought(prompt, completion)
+    return only_marked(text) if marked_answers and grader.finds_unmarked else text
+
+
+def _graded(name: Any, prompt: str, completion: str, example: Example, context: Mapping[str, Any]) -> float:
+    grader = _grader(name, example)
+    return float(grader.grade(_read(grader, prompt, completion, context.get("marked_answers", False)), example))
 
 
 def accuracy(prompt: str, completion: str, example: Example, **context: Any) -> float:
-    """1.0 if the grader that the example names finds the final answer correct, else 0.0."""
-    return _graded(example.get("grader"), prompt, completion, example)
+    """1.0 if the grader that the example names finds the final answer correct, else 0.0.
+
+    With `marked_answers` (config.grading.marked_answers) only an answer that stands in a box, an `<answer>` block or
+    behind "####" counts.
+    """
+    return _graded(example.get("grader"), prompt, completion, example, context)
 
 
 def countdown_reward(prompt: str, completion: str, example: Example, **context: Any) -> float:
     """`accuracy` of the countdown grader, whatever grader the example names."""
-    return _graded("countdown", prompt, completion, example)
+    return _graded("countdown", prompt, completion, example, context)
 
 
 def math_reward(prompt: str, completion: str, example: Example, **context: Any) -> float:
     """`accuracy` of the math grader, whatever grader the example names."""
-    return _graded("math", prompt, completion, example)
+    return _graded("math", prompt, completion, example, context)
+
+
+def f1_reward(prompt: str, completion: str, example: Example, **context: Any) -> float:
+    """The best F1 of the final answer's words against the golds; `marked_answers` as for `accuracy`."""
+    text = _read(GRADERS["exact"], prompt, completion, context.get("marked_answers", False))
+    return exact.best_f1(text, example)
 
 
 REWARDS: dict[str, Reward] = {
@@ -83,7 +102,7 @@ REWARDS: dict[str, Reward] = {
     "countdown": countdown_reward,
     "math": math_reward,
     "code_share": code.passed_share,
-    "f1": exact.f1_reward,
+    "f1": f1_reward,
     "instructions_share": instructions.followed_share,
     "language": language_reward,
     "language_id": language_id_reward,
@@ -96,10 +115,10 @@ REWARDS: dict[str, Reward] = {
 READS = {"code_share": "code", "f1": "exact", "instructions_share": "instructions"}
 
 
-def canonical_answer(prompt: str, completion: str, example: Example) -> str | None:
+def canonical_answer(prompt: str, completion: str, example: Example, marked_answers: bool = False) -> str | None:
     """The answer that a majority vote counts, None if there is none or the example's grader is not in the table."""
     grader = GRADERS.get(example.get("grader", ""))
-    return grader.answer(with_forced_thought(prompt, completion), example) if grader else None
+    return grader.answer(_read(grader, prompt, completion, marked_answers), example) if grader else None
 
 
 def check_examples(examples: Iterable[Example], rewards: Collection[str]) -> None:

@@ -3,7 +3,9 @@ r"""Hostile texts for the math verifier, for as long as you like: python -m test
 Texts are made by a grammar of everything the reader knows, by splicing of real references and by lists of known
 poison. Each has to be graded without an exception within a second of processor time, be equal to itself, and be judged
 alike in both directions. Ends with a failure at the first one that is not; prints how many there were, the slowest, and
-how the memory of this process grew. With --pool the same texts go through two grading processes instead.
+how the memory of this process grew. With --pool the same texts go through two grading processes instead; with --atheris
+the texts are those that Google's fuzzer of that name (`pip install atheris`, libFuzzer) finds by which branches of
+r1jax/rewards they reach, from the poison and the references on.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import pathlib
 import random
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -20,6 +23,7 @@ from r1jax.rewards.pool import RewardPool
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 LIMIT_S = 1.0
+INSTRUMENTED_LIMIT_S = 3.0  # counting branches takes time
 PIECES = [
     *(
         r"\frac \sqrt \sqrt[3] \sin \cos \tan \log \log_2 \ln \max \min \gcd \lcm \binom \lfloor \rfloor \lceil \left"
@@ -155,10 +159,46 @@ def in_a_pool(items: int, seed: int) -> None:
         print(f"memory of the parent: {start_mb:.0f} MB after the first 500, {memory_mb():.0f} MB in the end")
 
 
+def with_atheris(minutes: float, seed: int) -> None:
+    import atheris
+
+    global math
+    for name in [name for name in sys.modules if name.startswith("r1jax.rewards")]:
+        del sys.modules[name]
+    with atheris.instrument_imports(include=["r1jax.rewards"]):
+        from r1jax.rewards import math as instrumented
+    math = instrumented
+    slowest = (0.0, b"")
+
+    def grade(data: bytes) -> None:
+        nonlocal slowest
+        text, _, other = data.partition(b"\xff")
+        seconds = one(*(part.decode("utf-8", "surrogateescape") for part in (text, other)))
+        if seconds > slowest[0]:
+            slowest = (seconds, text[:60])
+            print(f"slowest so far: {seconds:.2f} s for {text[:60]!r} ({len(text)} bytes)", flush=True)
+        assert seconds < INSTRUMENTED_LIMIT_S, (seconds, text[:200])
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = texts(seed)
+        for number in range(2000):
+            text = next(source).encode("utf-8", "surrogatepass")[:2000]
+            (pathlib.Path(folder) / str(number)).write_bytes(text)
+        limits = [f"-max_total_time={int(60 * minutes)}", "-max_len=4000", f"-seed={seed + 1}", "-timeout=20"]
+        atheris.Setup([sys.argv[0], *limits, folder], grade)
+        atheris.Fuzz()  # ends the process
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--pool", type=int, default=0, help="items to send through two workers, instead of the minutes")
+    parser.add_argument("--atheris", action="store_true", help="by coverage")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    in_a_pool(given.pool, given.seed) if given.pool else in_this_process(given.minutes, given.seed)
+    if given.pool:
+        in_a_pool(given.pool, given.seed)
+    elif given.atheris:
+        with_atheris(given.minutes, given.seed)
+    else:
+        in_this_process(given.minutes, given.seed)

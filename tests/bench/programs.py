@@ -30,9 +30,10 @@ def problems(name: str) -> list[Problem]:
     return [(row["id"], f"{row['solution']}\n{row['setup']}", row["tests"]) for row in read(name)]
 
 
-def grade(problem: Problem) -> tuple[str, tuple[str, ...], str]:
+def grade(problem: Problem) -> tuple[str, tuple[str, ...], str, float]:
+    start_s = time.perf_counter()
     report = run_tests(problem[1], problem[2], timeout_s=180.0)  # one of MBPP takes ten seconds on an idle core
-    return problem[0], report.verdicts, next(filter(None, report.messages), "")
+    return problem[0], report.verdicts, next(filter(None, report.messages), ""), time.perf_counter() - start_s
 
 
 def main() -> None:
@@ -47,9 +48,11 @@ def main() -> None:
             results = pool.map(grade, todo, chunksize=8)
             seconds = time.perf_counter() - start_s
             failed = [result for result in results if set(result[1]) != {"passed"}]
-            runs = sum(len(verdicts) for _, verdicts, _ in results)
+            runs = sum(len(verdicts) for _, verdicts, _, _ in results)
+            slowest = sorted(results, key=lambda result: -result[3])[:5]
             print(f"{name}: {len(todo) - len(failed)}/{len(todo)} pass; {len(todo) / seconds:.0f} programs a second")
             print(f"  ({runs / seconds:.0f} tests a second, {workers} processes)", *failed, sep="\n  ")
+            print("  slowest: " + ", ".join(f"{name} {seconds:.1f} s" for name, _, _, seconds in slowest), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from r1jax.rewards.pool import RewardPool
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 SETS = "math500 math_rest4500 gsm8k_test gsm8k_train aime24 aime25 cmath_zh".split()
+SHUFFLES = 10  # of each set against itself
 COMPLETIONS = 8192
 # A pass over the examples is short: the best of several, so that another process on the machine does not count.
 PASSES = 5
@@ -106,10 +107,13 @@ def references() -> None:
     for name in SETS:
         golds = [str(row["answer"]) for row in read(name)]
         wrong = [gold for gold in golds if not math.grade(rf"<think>7</think> \boxed{{{gold}}}", {"answer": gold})]
-        partners = random.Random(0).sample(golds, len(golds))
-        accepted = [(a, b) for a, b in zip(golds, partners, strict=True) if a != b and math.equivalent(a, b)]
+        accepted = set()
+        for seed in range(SHUFFLES if len(golds) < 4000 else SHUFFLES // 3):
+            partners = random.Random(seed).sample(golds, len(golds))
+            pairs = {(min(a, b), max(a, b)) for a, b in zip(golds, partners, strict=True) if a != b}
+            accepted |= {pair for pair in pairs if math.equivalent(*pair)}
         print(f"{name}: {len(golds) - len(wrong)}/{len(golds)} equal themselves {wrong or ''}")
-        print(f"  accepted of a shuffled partner: {accepted}")
+        print(f"  accepted of shuffled partners: {sorted(accepted)}")
 
 
 def timed(label: str, work: Callable[[], None]) -> None:
