@@ -116,5 +116,6 @@ def train(
             if saved.due(step) or step == schedule.steps or stopping:
                 saved.save(step, state, {})
             if stopping:
+                saved.wait()
                 raise Stopped
     return state["policy"]
