@@ -179,7 +179,9 @@ def join(address: tuple[str, int], index: int, name: str, facts: Facts, leave: C
     _keep_alive(line.connection)
     _send(line.connection, {"kind": "hello", "index": index, "name": name, "facts": facts})
     heard = _messages(line.connection)
-    if (first := next(heard, {"kind": "stop", "cause": "host 0 died while the hosts came together"}))["kind"] != "start":
+    if (first := next(heard, {"kind": "stop", "cause": "host 0 died while the hosts came together"}))[
+        "kind"
+    ] != "start":
         raise ValueError(first["cause"])
 
     def listen() -> None:

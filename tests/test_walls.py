@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Imports point down this list only. A package is one entry; its files may import one another, except stages.
 ORDER = [
+    "ablate",
     "main",
     "export",
     "pipeline",
@@ -51,6 +52,7 @@ ORDER = [
     "model",
     "sharding",
     "hosts",
+    "watch",
     "folders",
     "types",
 ]
@@ -66,6 +68,7 @@ JAX_FREE = [
     "fast_tokenizer",
     "text",
     "chat",
+    "watch",
     "folders",
     "types",
 ]

@@ -43,6 +43,9 @@ POLICY = run.model_config(
 )
 # A random policy solves nothing, so the reward is one that its completions differ in.
 REWARDS = """
+import time
+
+
 def variety(prompt, completion, example, **context):
     return len(set(completion)) % 4 / 4
 
@@ -53,6 +56,12 @@ def broken(prompt, completion, example, **context):
 
 def undefined(prompt, completion, example, **context):
     return float("nan")
+
+
+def patient(prompt, completion, example, **context):
+    if completion == "STALL":
+        time.sleep(600)
+    return 1.0
 """
 SETTINGS = {
     "rl.updates": 6,
