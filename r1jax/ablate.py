@@ -1,10 +1,11 @@
 """Named ablations of one training config, run in turn over several seeds, and one table of what they changed:
 
-    python -m r1jax.ablate --config=configs/zero.py --ablations=no_kl,no_std --seeds=0,1,2 --workdir=DIR [--config.KEY=VALUE]
+    python -m r1jax.ablate --config=configs/zero.py --ablations=no_kl,no_std --seeds=0,1,2 --workdir=DIR
 
-The config without an ablation is always the first row, "base". Every run lies in DIR/NAME/seed_N, with its output in
-log.txt; one that has finished is not run again, one that was cut short goes on, so the same command ends the work that
-is left. The table (text and JSON) is written anew after every run. On several hosts run the single commands instead.
+Further flags are --config.KEY=VALUE. The config without an ablation is always the first row, "base". Every run lies in
+DIR/NAME/seed_N, with its output in log.txt; one that has finished is not run again, one that was cut short goes on, so
+the same command ends the work that is left. The table (text and JSON) is written anew after every run. On several hosts
+run the single commands instead.
 """
 
 import argparse
@@ -174,10 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 words = command(asked.config, name, seed, folder, rest)
                 start_s = time.monotonic()
                 code = 0 if is_finished(folder, words) else run_one(words, folder)
-                print(
-                    f"{name}, seed {seed}: {'done' if code == 0 else f'code {code}'}, {time.monotonic() - start_s:.0f} s",
-                    flush=True,
-                )
+                took_s, end = time.monotonic() - start_s, "done" if code == 0 else f"code {code}"
+                print(f"{name}, seed {seed}: {end}, {took_s:.0f} s", flush=True)
                 if code == hosts.TRY_AGAIN:
                     return code
                 if code:

@@ -1,5 +1,5 @@
-"""The launch scripts: shellcheck's approval, commands as gcloud knows them, a manifest that fits the schemas, and a loop
-that starts again exactly when it should."""
+"""The launch scripts: shellcheck's approval, commands as gcloud knows them, a manifest that fits the schemas, and a
+loop that starts again exactly when it should."""
 
 import json
 import os
