@@ -16,11 +16,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 COMMA := ,
 GYM := $(if $(shell command -v cc),$(COMMA)gym)
 
-.PHONY: zero test bench report lint clean
+.PHONY: zero r1 test bench report lint clean
 .DELETE_ON_ERROR:
 
 zero: $(VENV)/core
 	$(BIN)/python -m r1jax.main --config=configs/zero.py --workdir=$(WORKDIR)
+
+r1: $(VENV)/core
+	$(BIN)/python -m r1jax.main --config=configs/r1.py --workdir=runs/r1
 
 report: $(VENV)/core
 	$(BIN)/python -m r1jax.report --workdir=$(WORKDIR)

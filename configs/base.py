@@ -11,10 +11,12 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            # Stages run in this order, each from what the one before left: pretrain, sft, reasoning_rl, evaluate.
+            # Stages run in this order, each from what the one before left: pages of r1jax/stages, or names of pipeline.
             "stages": ("reasoning_rl",),
+            # Stages by name: {"page": of r1jax/stages, "start": an earlier stage or base, GROUP: {KEY: its own value}}.
+            "pipeline": {},
             "model": {
-                "path": "",  # a released-model folder or URL (gs://...); empty: the base that is packaged with r1jax
+                "path": "",  # a released-model folder or URL; empty: the packaged base, or packaged:bilingual
                 "name": "tiny",  # of configs/models.py; only what starts from nothing (pretrain) reads it
                 "compute_dtype": "float32",  # of activations and of the weights while they are used: float32, bfloat16
                 "cache_dtype": "float32",  # of the sampler's cache
@@ -31,7 +33,8 @@ def get_config() -> ConfigDict:
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
             "data": {
-                "source": "countdown",  # countdown, PATH.jsonl, tfds:NAME, reasoning_gym:FAMILY
+                # countdown, countdown_bilingual, letters, PATH.jsonl, tfds:NAME, reasoning_gym:FAMILY
+                "source": "countdown",
                 "split": "rl",  # prompts for training
                 "eval_split": "test",  # problems for evaluation, never trained on
                 "eval_source": "",  # empty: the same source
@@ -128,6 +131,45 @@ def get_config() -> ConfigDict:
                 "valid_every": 100,  # steps
                 "valid_rows": 64,
             },
+            # Sampling of training data (cold_start, rejection_sft, reward_models).
+            "curate": {
+                "sampler": "",  # the stage whose policy samples; empty: the one that this stage starts from
+                "prompts": 1000,  # of config.data.split, the first in the run's order
+                "samples": 4,  # per prompt
+                "keep_per_prompt": 1,  # at most, those that came first
+                "prompts_per_part": 64,  # sampled between two saves
+                "temperature": 1.0,  # reported for the cold start
+                "filters": ("whole", "correct", "format", "language", "repetition", "length", "paragraphs", "code"),
+                "min_language": 0.95,  # share of the thought's words in the language of the question
+                "max_repetition": 0.1,  # share of runs of 20 words that were there before
+                "max_characters": 100_000,
+                "max_paragraph_characters": 4_000,
+                "editor": "",  # rewrites what is kept: tidy, module:function, http(s)://HOST/v1#MODEL; empty: none
+                "editor_timeout_s": 120.0,  # per try
+                "editor_tries": 3,
+                "editor_may_fail": 0.5,  # share of samples; above it the stage stops
+                "general": "",  # conversations mixed in: a chat .jsonl file, or "letters"
+                "general_examples": 1000,  # of them, at most
+            },
+            "preference": {
+                "source": "letters",  # general prompts, as data.source
+                "split": "rl",
+                "valid_split": "validation",
+                "judge": "letters",  # letters, module:function, http(s)://HOST/v1#MODEL
+                "judgements": 4,  # of each pair, in random order, reported
+                "margin": 0.2,  # mean difference above which a pair is kept; reported: 1, on another scale
+                "row_tokens": 8192,  # reported
+                "rows": 256,  # per step, reported
+                "microbatch_rows": 0,  # rows whose gradient is taken at once; 0: all of a step
+                "epochs": 1.0,  # reported
+                "valid_every": 100,  # steps
+                "from_update": 1300,  # general prompts and preference join then; reported: the last 400 of 1,700
+                "share": 0.5,  # of the prompts from then on that are general
+                "weight": 1.0,  # of helpfulness and of safety beside the rules
+                "models": "reward_models",  # the stage that left the reward models
+                "alarm_drop": 0.05,  # fall of held-out accuracy, while the score rises, that counts as reward hacking
+                "alarm_action": "stop_preference",  # then: warn, stop_preference, stop_run
+            },
             "checkpoint": {
                 "save_every": 20,  # optimizer steps; RL saves at the end of a rollout
                 "keep": 2,  # newest checkpoints
@@ -140,7 +182,10 @@ def get_config() -> ConfigDict:
                 "top_p": 1.0,
                 "top_k": 0,
                 "max_completion_tokens": 0,  # 0: as in training at that time
-                "every": 0,  # updates between evaluations; 0: before the first and after the last only
+                "every": 0,  # updates between evaluations; 0: only before the first and after the last, -1: after it
+                "general": "",  # instructions that are measured beside the problems: "letters"; empty: none
+                "general_samples": 4,  # per instruction
+                "baseline": "",  # the stage against which wins on general instructions are counted
             },
             "log": {
                 "sample_every": 5,  # updates between two completions shown

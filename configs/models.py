@@ -24,6 +24,9 @@ TINY = {
     "max_position_embeddings": 2048,
 }
 
+# The same for English and Chinese.
+TINY_BILINGUAL = {**TINY, "vocab_size": 672}
+
 # Released configuration of DeepSeek-V3 and R1, reported.
 DEEPSEEK_V3 = {
     "vocab_size": 129_280,
@@ -56,4 +59,4 @@ DEEPSEEK_V3 = {
     },
 }
 
-MODELS = {"tiny": TINY, "deepseek_v3": DEEPSEEK_V3}
+MODELS = {"tiny": TINY, "tiny_bilingual": TINY_BILINGUAL, "deepseek_v3": DEEPSEEK_V3}

@@ -2,6 +2,8 @@
 
 The corpora come first: python -m r1jax.corpus --out=runs/corpus (see its --help), and another seed for validation.
 Hardware: two CPU cores, 41 minutes, 2.4 GB (*measured*, 2026-11-22); validation loss 0.527 nats per token.
+With --config=configs/pretrain.py:bilingual it is the base of configs/r1.py, from runs/corpus_bilingual and
+runs/corpus_bilingual_valid (--mixture=bilingual).
 """
 
 from ml_collections import ConfigDict
@@ -9,16 +11,21 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
-    """Pretraining of the tiny policy; every value is *our choice*."""
+def get_config(mixture: str = "english") -> ConfigDict:
+    """Pretraining of the tiny policy, "english" or "bilingual"; every value is *our choice*."""
+    if mixture not in ("english", "bilingual"):
+        raise ValueError(f"there is no mixture {mixture!r}, wanted english or bilingual")
+    suffix = "" if mixture == "english" else "_bilingual"
     config = base.get_config()
+    if suffix:
+        config.model.update({"path": "packaged:bilingual", "name": "tiny_bilingual"})
     config.stages = ("pretrain",)
     config.cpu_devices = 2
     config.mesh.update({"data": -1, "fsdp": 1})
     config.pretrain.update(
         {
-            "corpus": "runs/corpus",
-            "valid_corpus": "runs/corpus_valid",
+            "corpus": f"runs/corpus{suffix}",
+            "valid_corpus": f"runs/corpus{suffix}_valid",
             "steps": 2600,
             "rows": 12,
             "row_tokens": 256,

@@ -119,26 +119,33 @@ def level_of(problem: Problem) -> int:
     return 1 + bisect.bisect_right(LEVEL_ENDS, (len(possible) + 1) / (solving + 1))
 
 
-def question_of(problem: Problem) -> str:
+QUESTIONS = {
+    "en": "Using {numbers} and + - *, make {target}.",
+    "zh": "用 {numbers} 和 + - * 凑出 {target}",
+}
+
+
+def question_of(problem: Problem, language: str = "en") -> str:
     """The question as it stands in every prompt and every document of the corpus."""
-    return f"Using {', '.join(map(str, problem.numbers))} and + - *, make {problem.target}."
+    return QUESTIONS[language].format(numbers=", ".join(map(str, problem.numbers)), target=problem.target)
 
 
-def example_of(problem: Problem) -> dict[str, Any]:
+def example_of(problem: Problem, language: str = "en") -> dict[str, Any]:
     """The problem as a record of a data set; "level" is its difficulty."""
+    suffix = "" if language == "en" else f"-{language}"
     return {
-        "id": f"countdown-{'-'.join(map(str, problem.numbers))}-{problem.target}",
-        "question": question_of(problem),
+        "id": f"countdown-{'-'.join(map(str, problem.numbers))}-{problem.target}{suffix}",
+        "question": question_of(problem, language),
         "answer": {"numbers": list(problem.numbers), "target": problem.target},
         "grader": "countdown",
         "level": level_of(problem),
     }
 
 
-def problems(split: str) -> list[dict[str, Any]]:
-    """The examples of a split, in the order of `problems_of`.
+def problems(split: str, languages: tuple[str, ...] = ("en",)) -> list[dict[str, Any]]:
+    """The examples of a split, in the order of `problems_of`, in each language in turn.
 
     Raises:
       ValueError: `split` is not one of SPLITS.
     """
-    return [example_of(problem) for problem in problems_of(split)]
+    return [example_of(one, languages[i % len(languages)]) for i, one in enumerate(problems_of(split))]

@@ -5,10 +5,12 @@ The order is a pure function of (seed, epoch), so a run that resumes needs nothi
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import numpy as np
 
-from r1jax import countdown, sources
+from r1jax import countdown, letters, sources
 from r1jax.types import Example
 
 
@@ -37,6 +39,43 @@ class PromptStream:
             taken.append(self.source.examples[order(size, self.seed, epoch)[place] if self.shuffle else place])
         return taken
 
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """Everything that may come."""
+        return self.source.examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A stream in which, from position `first` on, a share of the prompts is taken from another, general one.
+
+    Attributes:
+        is_on: whether general prompts still come, by the position that is asked for.
+    """
+
+    problems: PromptStream
+    general: PromptStream
+    first: int
+    share: float
+    is_on: Callable[[int], bool]
+
+    def take(self, cursor: int, n: int) -> list[Example]:
+        """As `PromptStream.take`."""
+        taken, is_on = [], self.is_on(cursor)
+        for position in range(cursor, cursor + n):
+            k = position - self.first
+            nth = math.floor((k + 1) * self.share)
+            if is_on and k >= 0 and nth > math.floor(k * self.share):
+                taken += self.general.take(nth - 1, 1)
+            else:
+                taken += self.problems.take(position, 1)
+        return taken
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """Everything that may come."""
+        return self.problems.examples + self.general.examples
+
 
 @functools.lru_cache(maxsize=8)
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -49,11 +88,19 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return permutation
 
 
+# Sources that come with r1jax: examples by split.
+PACKAGED = {
+    "countdown": countdown.problems,
+    "countdown_bilingual": functools.partial(countdown.problems, languages=("en", "zh")),
+    "letters": letters.examples,
+}
+
+
 def open_source(spec: str, split: str, columns: sources.Columns, size: int = 2000, seed: int = 0) -> Source:
     """The source that `spec` (config.data.source) names.
 
     Args:
-        spec: "countdown", "PATH.jsonl" or "PATH.jsonl.gz", "tfds:NAME", "reasoning_gym:FAMILY".
+        spec: a name of PACKAGED, "PATH.jsonl" or "PATH.jsonl.gz", "tfds:NAME", "reasoning_gym:FAMILY".
         split: a part of the source; a JSONL file is one split, whatever this says.
         columns: what to read from a JSONL file or TensorFlow dataset.
         size: how many problems reasoning-gym generates for all splits together, before repeated ones are dropped.
@@ -63,8 +110,8 @@ def open_source(spec: str, split: str, columns: sources.Columns, size: int = 200
         ValueError: no such source, split or column; a corrupt, missing or empty one.
     """
     kind, _, name = spec.partition(":")
-    if spec == "countdown":
-        examples = countdown.problems(split)
+    if spec in PACKAGED:
+        examples = PACKAGED[spec](split)
     elif spec.endswith((".jsonl", ".jsonl.gz")):
         examples = sources.read_jsonl(spec, columns)
     elif kind == "tfds" and name:
@@ -73,8 +120,8 @@ def open_source(spec: str, split: str, columns: sources.Columns, size: int = 200
         examples = sources.generate_reasoning_gym(name, split, size, seed)
     else:
         raise ValueError(
-            f"config.data.source is {spec!r}; it must be 'countdown', a path that ends in .jsonl or .jsonl.gz, "
-            "'tfds:NAME' or 'reasoning_gym:FAMILY'"
+            f"config.data.source is {spec!r}; it must be {', '.join(PACKAGED)}, a path that ends in .jsonl or "
+            ".jsonl.gz, 'tfds:NAME' or 'reasoning_gym:FAMILY'"
         )
     if not examples:
         raise ValueError(f"config.data.source {spec!r} has no examples in split {split!r}")

@@ -55,8 +55,9 @@ def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
     }
     for reward in names:
         record[f"{reward}_mean"] = as_array(groups, lambda s, r=reward: s.graded.rewards[r]).mean()
-    if "format" in names:
-        record["format_share"] = record.pop("format_mean")
+    for reward, standard in (("format", "format_share"), ("language", "language_consistency")):
+        if reward in names:
+            record[standard] = record.pop(f"{reward}_mean")
     levels = [group[0].example.get("level") for group in groups]
     record["by_level"] = {
         str(level): {
@@ -68,3 +69,34 @@ def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
         for rows in [[i for i, one in enumerate(levels) if one == level]]
     }
     return {key: float(value) if isinstance(value, np.floating) else value for key, value in record.items()}
+
+
+def measure_general(groups: Sequence[Group]) -> dict[str, Any]:
+    """What is kept of an evaluation on general instructions: the reward "worth" of every sample, and means."""
+    worths = as_array(groups, lambda s: s.graded.rewards["worth"])
+    judged = {}
+    if "helpful" in groups[0][0].graded.rewards:
+        judged["preference"] = float(as_array(groups, lambda s: s.graded.rewards["helpful"]).mean())
+    return judged | {
+        "general_worth": float(worths.mean()),
+        "general_tokens": float(as_array(groups, lambda s: len(s.completion.tokens)).mean()),
+        "general_worths": worths.tolist(),
+    }
+
+
+def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """How often one of our samples is worth more than one of theirs of the same instruction; a tie counts half."""
+    rates = []
+    for mine, other in zip(ours, theirs, strict=True):
+        difference = np.subtract.outer(np.asarray(mine), np.asarray(other))
+        rates.append(((difference > 0) + 0.5 * (difference == 0)).mean())
+    return float(np.mean(rates))
+
+
+def add_win_rates(evals: Sequence[dict[str, Any]], baseline: str) -> None:
+    """Adds general_win_rate, against the last evaluation of the stage `baseline`, to every record that can have it."""
+    against = [record for record in evals if record["stage"] == baseline and "general_worths" in record]
+    for record in evals if against else ():
+        if "general_worths" in record:
+            ours, theirs = (r["general_worths"] for r in (record, against[-1]))
+            record["general_win_rate"] = win_rate(ours, theirs)

@@ -1,13 +1,28 @@
-"""Held-out problems and how a policy is measured on them: sampled, graded, written out, during training or alone."""
+"""Held-out problems and how a policy is measured on them: sampled, graded, written out, during training or alone.
+
+General instructions have no right answer: beside the problems, they are measured by a rule that training never sees.
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
 from r1jax import data, draw, evaluate, hosts, metrics
 from r1jax.rewards.pool import RewardPool
-from r1jax.rollout import collect, encode_prompts, records
-from r1jax.run import EVALUATION, Config, Policy, Run, make_verbs, open_source
+from r1jax.rollout import Group, Interrupted, collect, encode_prompts, records
+from r1jax.run import (
+    EVALUATION,
+    Config,
+    Policy,
+    Run,
+    Stopped,
+    check_lengths,
+    decode_layout,
+    make_verbs,
+    open_pool,
+    open_source,
+)
 from r1jax.slots import Verbs
 from r1jax.types import Example, Params
 
@@ -17,7 +32,6 @@ class HeldOut:
     """Problems, and what it takes to sample and grade them."""
 
     run: Run
-    stage: str
     policy: Policy
     examples: list[Example]
     verbs: Verbs
@@ -28,6 +42,8 @@ class HeldOut:
     max_prompt_tokens: int
     stop_texts: tuple[str, ...]
     written_groups: int  # whose completions are written out in full
+    general: "HeldOut | None" = None
+    judge: Callable[[list[Group]], list[Group]] | None = None  # adds reward models' scores to general instructions
 
     def measure(self, weights: Params, step: int, limit: int) -> None:
         """Adds the record of these weights (decode layout) to summary.json, once per stage and step, and says it.
@@ -39,50 +55,72 @@ class HeldOut:
             rollout.Interrupted: the run was asked to stop.
         """
         done = {(record["stage"], record["step"]) for record in self.run.summary.evals}
-        if not self.examples or (self.stage, step) in done:
+        if not self.examples or (self.run.stage, step) in done:
             return
-        tokenizer = self.policy.tokenizer
-        groups = collect(
-            self.verbs, weights, tokenizer, self.pool, self.examples, self.template, self.samples,
-            jax.random.fold_in(jax.random.key(self.run.seed), EVALUATION), 0, self.max_prompt_tokens,
-            self.max_completion_tokens or limit, self.stop_texts, self.run.is_interrupted,
-        )  # fmt: skip
+        tokenizer, groups = self.policy.tokenizer, self.sample(weights, limit)
         # The same prompts each time, so that the report can lay a problem's completions side by side.
-        rows = records(groups[: self.written_groups], tokenizer, f"{self.stage} evaluation", step, step)
-        metrics.write_rollout(self.run.workdir, f"{self.stage}-evaluation", step, rows)
-        record = evaluate.measure(groups, self.stage, step)
+        rows = records(groups[: self.written_groups], tokenizer, f"{self.run.stage} evaluation", step, step)
+        metrics.write_rollout(self.run.workdir, f"{self.run.stage}-evaluation", step, rows)
+        record = evaluate.measure(groups, self.run.stage, step)
+        if self.general is not None:
+            general = self.general.sample(weights, limit)
+            record |= evaluate.measure_general(self.judge(general) if self.judge else general)
         self.run.summary.add(record)
         low, high = record["pass_at_1_ci"]
+        more = {"language_consistency": "in the question's language", "general_worth": "worth of letters"}
         hosts.say(
             f"evaluation at step {step}: pass@1 {record['pass_at_1']:.1%} [{low:.1%}, {high:.1%}], "
             f"cons@{record['k']} {record['cons_at_k']:.1%}, {record['mean_completion_tokens']:.1f} tokens, "
-            f"{record['reflective_per_completion']:.2f} reflective words ({record['n_problems']} problems)"
+            f"{record['reflective_per_completion']:.2f} reflective words"
+            + "".join(f", {record[name]:.1%} {what}" for name, what in more.items() if name in record)
+            + f" ({record['n_problems']} problems)"
         )
+
+    def sample(self, weights: Params, limit: int) -> list[Group]:
+        """The graded completions of all problems."""
+        return collect(
+            self.verbs, weights, self.policy.tokenizer, self.pool, self.examples, self.template, self.samples,
+            jax.random.fold_in(jax.random.key(self.run.seed), EVALUATION), 0, self.max_prompt_tokens,
+            self.max_completion_tokens or limit, self.stop_texts, self.run.is_interrupted,
+        )  # fmt: skip
 
 
 def prepare(
-    run: Run, stage: str, config: Config, policy: Policy, pool: RewardPool, training: Verbs | None = None
+    run: Run,
+    config: Config,
+    policy: Policy,
+    pool: RewardPool,
+    training: Verbs | None = None,
+    judge: Callable[[list[Group]], list[Group]] | None = None,
 ) -> HeldOut:
-    """What config.eval and config.data ask for; `training` are sampling functions to use where tokens are drawn alike.
+    """What config.eval and config.data ask for.
+
+    Args:
+        training: sampling functions to use where tokens are drawn alike.
+        judge: see `HeldOut`.
 
     Raises:
         ValueError: no such source or split, or a prompt that is too long; names the key.
     """
     prompts, settings = config["data"], config["eval"]
-    examples: list[Example] = []
-    if settings["problems"]:
-        source = open_source(config, prompts["eval_source"] or prompts["source"], prompts["eval_split"])
-        examples = data.PromptStream(source, 0).take(0, min(settings["problems"], len(source.examples)))
+
+    def examples(source: str, most: int) -> list[Example]:
+        found = open_source(config, source, prompts["eval_split"])
+        taken = data.PromptStream(found, 0).take(0, min(most, len(found.examples)))
         # Now rather than when its turn comes: a prompt that is too long.
-        encode_prompts(examples, prompts["template"], policy.tokenizer, prompts["max_prompt_tokens"])
+        encode_prompts(taken, prompts["template"], policy.tokenizer, prompts["max_prompt_tokens"])
+        return taken
+
+    most = settings["problems"]
     drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
-    alike = training is not None and training.drawing == drawing
-    return HeldOut(
+    if training is None or training.drawing != drawing:
+        training = make_verbs(config, policy, run.layouts["decode"], drawing)
+    problems = HeldOut(
         run=run,
-        stage=stage,
+        judge=judge,
         policy=policy,
-        examples=examples,
-        verbs=training if alike else make_verbs(config, policy, run.layouts["decode"], drawing),
+        examples=examples(prompts["eval_source"] or prompts["source"], most) if most else [],
+        verbs=training,
         pool=pool,
         samples=settings["samples"],
         max_completion_tokens=settings["max_completion_tokens"],
@@ -91,3 +129,28 @@ def prepare(
         stop_texts=tuple(config["rl"]["stop_texts"]),
         written_groups=config["log"]["rollout_groups"],
     )
+    if not settings["general"]:
+        return problems
+    general = examples(settings["general"], most)
+    return dataclasses.replace(
+        problems, general=dataclasses.replace(problems, examples=general, samples=settings["general_samples"])
+    )
+
+
+def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None:
+    """Measures a policy once, as config.eval asks for it.
+
+    Raises:
+        run.Stopped: SIGTERM came.
+    """
+    if not config["eval"]["problems"]:
+        return
+    limit = config["eval"]["max_completion_tokens"] or config["rl"]["max_completion_tokens"]
+    check_lengths(policy, config["data"]["max_prompt_tokens"], limit)
+    with open_pool(config) as pool:
+        problems = prepare(run, config, policy, pool)
+        weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])(policy.params)
+        try:
+            problems.measure(weights, step, limit)
+        except Interrupted as stopped:
+            raise Stopped from stopped

@@ -7,18 +7,17 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import grpo, hosts, metrics, minibatches, optim, sharding, updates
+from r1jax import grpo, hosts, metrics, minibatches, optim
 from r1jax.checkpoint import Checkpoints
-from r1jax.data import PromptStream
+from r1jax.data import Mixture, PromptStream
 from r1jax.rollout import Group, Interrupted, as_array, majority_is_right, records
-from r1jax.run import Policy, Run, Stopped, check_finite, param_shardings, put_rows, training_state
+from r1jax.run import Policy, Run, Stopped, check_finite, put_rows, training_state
 from r1jax.text import reflective_words
 from r1jax.types import Example, Params
 
@@ -147,9 +146,8 @@ def update_metrics(sums: dict[str, Any], learning_rate: float) -> dict[str, floa
 
 def rl_loop(
     run: Run,
-    stage: str,
     policy: Policy,
-    stream: PromptStream,
+    stream: PromptStream | Mixture,
     moves: Moves,
     settings: RlConfig,
     objective: grpo.GrpoConfig,
@@ -171,8 +169,8 @@ def rl_loop(
         tree, host = saved.restore(latest, tree)
         reference = tree.pop("reference", None)
         state, at = tree, Position(**host)
-    log = metrics.Log(run.workdir, stage, at.step)
-    progress = metrics.Progress(stage, settings.updates, at.step)
+    log = metrics.Log(run.workdir, run.stage, at.step)
+    progress = metrics.Progress(run.stage, settings.updates, at.step)
     rate, clock = optim.schedule(optimizing), metrics.Moves()
     saved_at = at.step
 
@@ -182,8 +180,8 @@ def rl_loop(
         run.summary.write()
 
     def is_evaluated(step: int) -> bool:
-        passed = eval_every and step // eval_every > (step - settings.minibatches) // eval_every
-        return step == 0 or step >= settings.updates or bool(passed)
+        passed = eval_every > 0 and step // eval_every > (step - settings.minibatches) // eval_every
+        return (step == 0 and eval_every >= 0) or step >= settings.updates or passed
 
     try:
         while True:
@@ -203,10 +201,10 @@ def rl_loop(
                 parts = minibatches.split(
                     [i for group in items for i in group], settings.minibatches, (run.seed, at.rollout)
                 )
-            rows = records(groups[: shown["rollout_groups"]], policy.tokenizer, stage, at.step, at.rollout)
+            rows = records(groups[: shown["rollout_groups"]], policy.tokenizer, run.stage, at.step, at.rollout)
             trained = (item for group in items for item in group)
             rows = ({**row, "advantage": item.advantage} for row, item in zip(rows, trained, strict=False))
-            metrics.write_rollout(run.workdir, stage, at.rollout, rows)
+            metrics.write_rollout(run.workdir, run.stage, at.rollout, rows)
             batches = []
             for j, part in enumerate(parts):
                 with clock("pack"):
@@ -259,7 +257,7 @@ def rl_loop(
 
 
 def _sample(
-    moves: Moves, weights: Params, stream: PromptStream, settings: RlConfig, at: Position, limit: int
+    moves: Moves, weights: Params, stream: PromptStream | Mixture, settings: RlConfig, at: Position, limit: int
 ) -> tuple[list[Group], int, int]:
     """The groups of a rollout, the new cursor, and how many groups were drawn for it."""
     want, cursor = settings.prompts_per_rollout, at.cursor
@@ -279,13 +277,3 @@ def _sample(
             break
     # The batch keeps its size: what is missing after the last round is filled with groups that teach nothing.
     return kept + rest[: want - len(kept)], cursor, drawn
-
-
-def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
-    """A function that lays weights out for decoding, in the compute dtype, from device to device."""
-    lies = param_shardings(policy.config, layout)
-
-    def weights(params: Params, frozen: Params | None) -> Params:
-        return updates.weights_of(policy.config, policy.lora, params, frozen, dtype)
-
-    return partial(jax.jit(weights, out_shardings=lies), frozen=policy.frozen)

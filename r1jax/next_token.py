@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -39,9 +39,9 @@ class Schedule:
         return self.rows // size
 
 
-def take(rows: Rows, index: np.ndarray, microbatches: int = 1) -> dict[str, np.ndarray]:
-    """The rows numbered, as a minibatch [M, B, T]."""
-    return {name: array[index].reshape(microbatches, -1, array.shape[1]) for name, array in rows._asdict().items()}
+def take(rows: Mapping[str, np.ndarray], index: np.ndarray, microbatches: int = 1) -> dict[str, np.ndarray]:
+    """The rows (or pairs of rows) numbered, as a minibatch [M, B, T]."""
+    return {name: array[index].reshape(microbatches, -1, array.shape[-1]) for name, array in rows.items()}
 
 
 def step_metrics(sums: Mapping[str, jax.Array], learning_rate: float) -> dict[str, float]:
@@ -61,54 +61,54 @@ def step_metrics(sums: Mapping[str, jax.Array], learning_rate: float) -> dict[st
     return out
 
 
-def train(
+Update = Callable[[updates.State, updates.Batch, int], tuple[updates.State, dict[str, jax.Array]]]
+
+
+def run_steps(
     run: Run,
-    stage: str,
-    policy: Policy,
-    program: updates.Program,
+    state: updates.State,
+    like: updates.State,
+    update: Update,
     settings: optim.OptimConfig,
-    rows: Rows,
-    valid: Rows | None,
+    rows: Mapping[str, np.ndarray],
     schedule: Schedule,
     saved: Checkpoints,
+    describe: Callable[[Mapping[str, jax.Array], float], dict[str, float]],
+    validate: Callable[[Params], dict[str, float]] | None,
 ) -> Params:
-    """Runs all steps of a stage from where its checkpoints stand, and returns the parameters.
+    """Runs all steps from where the checkpoints stand, and returns the parameters.
 
     The order of rows is that of (seed, epoch), so the step alone says where a run stands.
+
+    Args:
+        rows: arrays whose first axis counts what is drawn together: a row, or a pair of them.
+        describe: standard names of one update from its sums and the learning rate.
+        validate: what is measured of parameters every `schedule.valid_every` steps.
 
     Raises:
         run.Stopped: SIGTERM came; everything is saved.
     """
-    layout = run.layouts["train"]
-    optimizer = optim.make_optimizer(settings, policy.params)
-    update = partial(updates.make_sft_update(program, optimizer), frozen=policy.frozen)
-    score, rate = partial(updates.make_score(program), frozen=policy.frozen), optim.schedule(settings)
-    n, m = len(rows.tokens), schedule.microbatches
-    if valid is not None:
-        held_out = put_rows(take(valid, np.arange(min(schedule.valid_rows, len(valid.tokens)))), layout)
-        held_out_tokens = float(hosts.fetch(held_out["is_completion"]).sum())
-
-    state, like = training_state(policy, layout, optimizer)
+    layout, rate = run.layouts["train"], optim.schedule(settings)
+    n, m = len(rows["tokens"]), schedule.microbatches
     with contextlib.ExitStack() as opened:
         opened.enter_context(contextlib.closing(saved))
         step = saved.latest() or 0
         if step:
             state, _ = saved.restore(step, like)
-        log = opened.enter_context(contextlib.closing(metrics.Log(run.workdir, stage, step)))
-        progress = opened.enter_context(contextlib.closing(metrics.Progress(stage, schedule.steps, step)))
+        log = opened.enter_context(contextlib.closing(metrics.Log(run.workdir, run.stage, step)))
+        progress = opened.enter_context(contextlib.closing(metrics.Progress(run.stage, schedule.steps, step)))
         while step < schedule.steps:
             start_s = time.perf_counter()
             places = range(step * schedule.rows, (step + 1) * schedule.rows)
             index = np.array([data.order(n, run.seed, place // n)[place % n] for place in places])
             state, sums = update(state, put_rows(take(rows, index, m), layout), m)
             step += 1
-            scalars = step_metrics(sums, float(rate(step - 1)))
+            scalars = describe(sums, float(rate(step - 1)))
             scalars["throughput/train_tokens_per_s"] = float(sums["tokens"]) / (time.perf_counter() - start_s)
-            if valid is not None and (step % schedule.valid_every == 0 or step == schedule.steps):
-                logp = hosts.fetch(score(state["policy"], held_out, 1))
-                loss = -float((logp * hosts.fetch(held_out["is_completion"])).sum()) / held_out_tokens
-                scalars["eval/next_token_loss"] = loss
-                progress.say(f"step {step}: validation loss {loss:.4f} nats per token")
+            if validate is not None and (step % schedule.valid_every == 0 or step == schedule.steps):
+                found = validate(state["policy"])
+                scalars |= found
+                progress.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
             log.write(step, scalars)
             progress.step(step, scalars)
             check_finite(state["optim"], settings.non_finite_limit)
@@ -119,3 +119,39 @@ def train(
                 saved.wait()
                 raise Stopped
     return state["policy"]
+
+
+def train(
+    run: Run,
+    policy: Policy,
+    program: updates.Program,
+    settings: optim.OptimConfig,
+    rows: Rows,
+    valid: Rows | None,
+    schedule: Schedule,
+    saved: Checkpoints,
+) -> Params:
+    """Next-token prediction over packed rows; see `run_steps`."""
+    layout = run.layouts["train"]
+    optimizer = optim.make_optimizer(settings, policy.params)
+    score = partial(updates.make_score(program), frozen=policy.frozen)
+    if valid is not None:
+        index = np.arange(min(schedule.valid_rows, len(valid.tokens)))
+        held_out = put_rows(take(valid._asdict(), index), layout)
+        held_out_tokens = float(hosts.fetch(held_out["is_completion"]).sum())
+
+    def validate(params: Params) -> dict[str, float]:
+        logp = hosts.fetch(score(params, held_out, 1))
+        return {"eval/next_token_loss": -float((logp * hosts.fetch(held_out["is_completion"])).sum()) / held_out_tokens}
+
+    return run_steps(
+        run,
+        *training_state(policy, layout, optimizer),
+        partial(updates.make_sft_update(program, optimizer), frozen=policy.frozen),
+        settings,
+        rows._asdict(),
+        schedule,
+        saved,
+        step_metrics,
+        None if valid is None else validate,
+    )

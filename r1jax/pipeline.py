@@ -1,5 +1,6 @@
 """The ordered stages of a run: each starts from what the one before left; a run that was cut short goes on."""
 
+import dataclasses
 import difflib
 import importlib
 import json
@@ -15,24 +16,33 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import r1jax
-from r1jax import checkpoint, hosts, metrics, run, sharding, text
+from r1jax import checkpoint, evaluate, hosts, metrics, run, sharding, text
 from r1jax.folders import Folder, folder_at
 from r1jax.model import convert, lora
 from r1jax.model.config import ModelConfig
 from r1jax.run import Policy, Run
 
-# Stage name -> its page; imported when it runs.
-STAGES = {name: f"r1jax.stages.{name}" for name in ("pretrain", "sft", "reasoning_rl", "evaluate")}
+# The pages of r1jax.stages, imported when they run. A stage of a run is one of these, or an entry of config.pipeline
+# that names its page: the same page can be gone through several times with other settings.
+PAGES = (
+    *("pretrain", "sft", "cold_start", "reasoning_rl", "rejection_sft", "reward_models", "all_scenario_rl"),
+    "evaluate",
+)
 
 # Stages that start from nothing rather than from the policy at config.model.path.
 FROM_NOTHING = ("pretrain",)
 
+# Bases that come with r1jax, by the value of config.model.path.
 BASE = pathlib.Path(r1jax.__file__).parent / "base"
+PACKAGED = {"": BASE, "packaged:bilingual": BASE.with_name("base_bilingual")}
 
 
 def base_folder(model: Mapping[str, Any]) -> Folder:
     """The released-model folder that a run with these values of config.model begins with."""
-    return folder_at(model["path"] or BASE)
+    path = model["path"]
+    if path.startswith("packaged:") and path not in PACKAGED:
+        raise ValueError(f"config.model.path is {path!r}; packaged are {', '.join(filter(None, PACKAGED))}")
+    return folder_at(PACKAGED.get(path, path))
 
 
 def starts_from_nothing(stages: Sequence[str]) -> bool:
@@ -56,18 +66,19 @@ def model_config(stages: Sequence[str], model: Mapping[str, Any]) -> ModelConfig
     return run.model_config(models[name])
 
 
-def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Policy:
-    """The model at config.model.path (empty: the packaged base), or random weights if the first stage makes its own.
+def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder: Folder | None = None) -> Policy:
+    """The model in a folder, config.model.path's by default, or random weights if the first stage makes its own.
 
     With config.lora.rank what is trained are adapters, and the weights stay in the dtype that they are stored in.
     """
-    folder = base_folder(config.model)
+    folder = folder or base_folder(config.model)
     tokenizer = text.load_tokenizer(folder)
-    model = model_config(config.stages, config.model)
+    from_nothing = starts_from_nothing(config.stages)
+    model = model_config(config.stages, config.model) if from_nothing else convert.open_model(folder)[0]
     text.check_fits(tokenizer, model.vocab_size)
     run.param_shardings(model, layouts["train"])
     adapting = run.adapting(model, config.lora)
-    if starts_from_nothing(config.stages):
+    if from_nothing:
         if adapting is not None:
             raise ValueError(f"config.lora.rank is {adapting.rank}, but {config.stages[0]} has no weights to adapt")
         return Policy(model, run.random_params(model, layouts["train"], config.seed), tokenizer, folder)
@@ -81,15 +92,61 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout]) -> Poli
     return Policy(model, make(key), tokenizer, folder, adapting, params)
 
 
-def check_stages(stages: tuple[str, ...]) -> None:
-    """Raises ValueError for an unknown stage or none at all."""
-    for name in stages:
-        if name not in STAGES:
-            near = difflib.get_close_matches(name, STAGES, 1)
+def page_of(config: ConfigDict, name: str) -> str:
+    """The page that a stage goes through, by default that of its name."""
+    return config.pipeline.get(name, {}).get("page", name)
+
+
+def check_stages(config: ConfigDict) -> None:
+    """Raises ValueError for an unknown stage or page, for none at all, and for settings that no key is for."""
+    known = (*config.pipeline, *PAGES)
+    for name in config.stages:
+        if name not in known or page_of(config, name) not in PAGES:
+            wanted, where = (known, "config.stages") if name not in known else (PAGES, f"config.pipeline.{name}.page")
+            given = name if name not in known else page_of(config, name)
+            near = difflib.get_close_matches(given, wanted, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"config.stages names {name!r}, wanted {', '.join(STAGES)}{hint}")
-    if not stages:
-        raise ValueError(f"config.stages is empty; name at least one of {', '.join(STAGES)}")
+            raise ValueError(f"{where} names {given!r}, wanted {', '.join(wanted)}{hint}")
+        stage_config(config, name)
+    if not config.stages:
+        raise ValueError(f"config.stages is empty; name at least one of {', '.join(known)}")
+
+
+# Groups of the config that are tables of the user's: a stage replaces them whole.
+TABLES = ("rewards", "reward_paths")
+
+
+def stage_config(config: ConfigDict, name: str) -> ConfigDict:
+    """The config as the stage sees it: what config.pipeline.NAME holds in place of the values for all stages.
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    own = config.copy_and_resolve_references()
+    for group, value in config.pipeline.get(name, {}).items():
+        if group in ("page", "start"):
+            continue
+        if group not in own or isinstance(value, ConfigDict) != isinstance(own[group], ConfigDict):
+            raise ValueError(f"config.pipeline.{name}.{group}: there is no key config.{group}")
+        if group in TABLES or not isinstance(value, ConfigDict):
+            own[group] = value
+            continue
+        for key, one in value.items():
+            if key not in own[group]:
+                near = difflib.get_close_matches(key, own[group], 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"config.pipeline.{name}.{group}.{key}: there is no key config.{group}.{key}{hint}")
+            own[group][key] = one
+    return own
+
+
+def start_of(config: ConfigDict, i: int) -> str:
+    """Whose policy the i-th stage starts from: an earlier stage, or "base"."""
+    name = config.stages[i]
+    given = config.pipeline.get(name, {}).get("start", "")
+    if given not in ("", "base", *config.stages[:i]):
+        raise ValueError(f"config.pipeline.{name}.start is {given!r}, wanted base or a stage before it")
+    return given or (config.stages[i - 1] if i else "base")
 
 
 def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -129,25 +186,43 @@ def plan(config: ConfigDict, policy: Policy, mesh: jax.sharding.Mesh, workdir: p
 
 
 def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
-    """Runs all stages of a config in a run folder.
+    """Runs all stages of a config in a run folder; returns the last policy.
+
+    A stage that left its model is not gone through again, unless it is the last one.
 
     Raises:
         ValueError: something is wrong with the config or the folder; the message names the key.
         run.Stopped: SIGTERM came; the same command goes on.
     """
     started_s = time.monotonic()
-    check_stages(config.stages)
+    check_stages(config)
     folder = pathlib.Path(workdir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(config, folder)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     layouts = sharding.layouts(mesh)
-    this = Run(folder, config.seed, layouts, hosts.on_sigterm(), metrics.Summary(folder, started_s))
-    policy = load_policy(config, layouts)
+
+    def policy_of(name: str) -> Policy:
+        at = None if name == "base" else folder_at(run.model_folder(folder, name))
+        return load_policy(config, layouts, at)
+
+    summary = metrics.Summary(folder, started_s)
+    this = Run(folder, config.seed, layouts, hosts.on_sigterm(), summary, policy_of=policy_of)
+    starts = [start_of(config, i) for i in range(len(config.stages))]
+    name, policy = "base", policy_of("base")  # whose policy is at hand; another is read when its turn comes
     hosts.say(plan(config, policy, mesh, folder))
-    for name in config.stages:
-        policy = importlib.import_module(STAGES[name]).stage(this, config, policy)
-    this.summary.write()
-    left = [name for name in ("report.html", "model") if (folder / name).exists()]
-    hosts.say(f"done; it left {', '.join(str(folder / name) for name in left)}")
+    for i, (stage, start) in enumerate(zip(config.stages, starts, strict=True)):
+        if hosts.agree(run.model_folder(folder, stage).exists()) and i + 1 < len(config.stages):
+            hosts.say(f"{stage} is done: {run.model_folder(folder, stage)}")
+            continue
+        if start != name:
+            policy = None  # two policies at once may not fit
+            policy = policy_of(start)
+        page = importlib.import_module(f"r1jax.stages.{page_of(config, stage)}")
+        policy = page.stage(dataclasses.replace(this, stage=stage), stage_config(config, stage), policy)
+        name = stage
+    evaluate.add_win_rates(summary.evals, config.eval.baseline)
+    summary.write()
+    left = [one for one in ("report.html", "models") if (folder / one).exists()]
+    hosts.say(f"done; it left {', '.join(str(folder / one) for one in left)}")
     return policy

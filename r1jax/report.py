@@ -37,6 +37,9 @@ EVAL_COLUMNS = {
     "mean_completion_tokens": ("tokens a completion", ""),
     "reflective_per_completion": ("reflective words a completion", ""),
     "format_share": ("in format", "share"),
+    "language_consistency": ("language consistency", "share"),
+    "general_worth": ("worth of letters", "share"),
+    "general_win_rate": ("wins on letters", "share"),
     "truncated_share": ("cut off", "share"),
 }
 TILES = ("mean_completion_tokens", "reflective_per_completion", "format_share", "truncated_share")
@@ -176,15 +179,16 @@ def _eval_table(evals: list[Record]) -> str:
     if not evals:
         return ""
     rows = []
+    shown = {field: column for field, column in EVAL_COLUMNS.items() if any(field in one for one in evals)}
     for evaluation in evals:
         cells = []
-        for field, (_, unit) in EVAL_COLUMNS.items():
+        for field, (_, unit) in shown.items():
             value = evaluation.get(field)
             text = readable(value, unit) if number(value) is not None else "" if value is None else str(value)
             interval = _interval(evaluation, field)
             cells.append(f"<td>{html.escape(text)}{f' <small>{interval}</small>' if interval else ''}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th scope=col>{heading}</th>" for heading, _ in EVAL_COLUMNS.values())
+    head = "".join(f"<th scope=col>{heading}</th>" for heading, _ in shown.values())
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,20 @@ from r1jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of the program."""
+    """One run of the program, as the stage that is at work sees it.
+
+    Attributes:
+        stage: its name, under which checkpoints, metrics and the model are kept.
+        policy_of: the policy that an earlier stage left, by that stage's name; "base": what the run began with.
+    """
 
     workdir: pathlib.Path
     seed: int
     layouts: dict[str, sharding.Layout]
     stop: Any  # hosts.on_sigterm(): its `requested` turns true on SIGTERM
     summary: metrics.Summary
+    stage: str = ""
+    policy_of: Callable[[str], "Policy"] | None = None
 
     def is_interrupted(self) -> bool:
         """Whether to leave off while sampling; several hosts have to ask equally often."""
@@ -59,7 +66,7 @@ class Policy:
 
 
 # Branches of a run's key, so that draws of different kinds never meet.
-ROLLOUT, EVALUATION, ADAPTERS = range(3)
+ROLLOUT, EVALUATION, ADAPTERS, CURATION, JUDGEMENT = range(5)
 
 
 class Stopped(Exception):
@@ -113,15 +120,46 @@ def training_state(
     return state, like
 
 
+def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
+    """A function that lays weights out for decoding, in the compute dtype, from device to device."""
+    lies = param_shardings(policy.config, layout)
+
+    def weights(params: Params, frozen: Params | None) -> Params:
+        return updates.weights_of(policy.config, policy.lora, params, frozen, dtype)
+
+    return partial(jax.jit(weights, out_shardings=lies), frozen=policy.frozen)
+
+
 def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
     """Host arrays [M, B, T, ...] onto the mesh: to each host its devices' rows."""
     lies = {name: layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
     return hosts.put(batch, lies)
 
 
-def open_checkpoints(run: Run, stage: str, settings: dict[str, int]) -> checkpoint.Checkpoints:
-    """The checkpoints of a stage of this run; `settings` is config.checkpoint."""
-    return checkpoint.Checkpoints(run.workdir / "checkpoints" / stage, **settings)
+def open_checkpoints(run: Run, settings: Mapping[str, int]) -> checkpoint.Checkpoints:
+    """The checkpoints of this stage of the run; `settings` is config.checkpoint."""
+    return checkpoint.Checkpoints(run.workdir / "checkpoints" / run.stage, **settings)
+
+
+def training_program(config: "Config", policy: Policy, layout: sharding.Layout, **more: Any) -> updates.Program:
+    """What every training program of a stage shares, as config.model and config.optim ask for it."""
+    model = config["model"]
+    return updates.Program(
+        config=policy.config,
+        layout=layout,
+        compute_dtype=model["compute_dtype"],
+        remat=model["remat"],
+        scan_unroll=model["scan_unroll"],
+        router_bias_rate=config["optim"]["router_bias_rate"],
+        lora=policy.lora,
+        **more,
+    )
+
+
+def optim_config(config: "Config", steps: int = 0) -> optim.OptimConfig:
+    """The optimizer's settings, of config.optim; a schedule lasts `steps` if nothing is said."""
+    fields = {key: value for key, value in config["optim"].items() if key != "router_bias_rate"}
+    return optim.OptimConfig(**{**fields, "decay_steps": fields["decay_steps"] or steps})
 
 
 Config = Mapping[str, Any]  # the whole config, or a group of it
@@ -172,12 +210,17 @@ def companions(folder: Folder) -> dict[str, bytes]:
     return {name: folder.read(name) for name in kept}
 
 
-def export(run: Run, policy: Policy, params: Params) -> Policy:
-    """Leaves a released-model folder in WORKDIR/model, in place of what an earlier stage or the same run left there.
+def model_folder(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """Where a stage leaves its policy."""
+    return workdir / "models" / stage
 
-    Adapters are merged there and lie in WORKDIR/adapter as well.
+
+def export(run: Run, policy: Policy, params: Params) -> Policy:
+    """Leaves a released-model folder in WORKDIR/models/STAGE, in place of what was there.
+
+    Adapters are merged there and lie in WORKDIR/adapters/STAGE as well.
     """
-    out, new = run.workdir / "model", run.workdir / ".model.new"
+    out, new = model_folder(run.workdir, run.stage), run.workdir / "models" / f".{run.stage}.new"
     weights = params
     if policy.lora is not None:
         whole = partial(lora.merge, config=policy.config, lora=policy.lora)
@@ -185,7 +228,9 @@ def export(run: Run, policy: Policy, params: Params) -> Policy:
         weights = jax.jit(whole, out_shardings=lies)(policy.frozen, params)
         adapters = jax.tree.map(hosts.fetch, params)
         if hosts.is_writer():
-            lora.save_peft(adapters, policy.config, policy.lora, run.workdir / "adapter", str(policy.folder))
+            lora.save_peft(
+                adapters, policy.config, policy.lora, run.workdir / "adapters" / run.stage, str(policy.folder)
+            )
     weights = jax.tree.map(hosts.fetch, weights)
     if hosts.is_writer():
         shutil.rmtree(new, ignore_errors=True)

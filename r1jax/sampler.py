@@ -98,24 +98,26 @@ class _Loop:
     def _fill(self, free: list[int]) -> Iterator[Completion]:
         taken = [self.pending.pop() for _ in range(min(len(free), len(self.pending)))]
         self._read_prompts(taken)
-        # One dispatch per prefill batch; arrays are padded to the batch size so that there is one program.
+        # One dispatch per prefill batch.
         size, n_rows = len(self.held), self.verbs.config.prefill_prompts
         batches: dict[int, list[tuple[int, Request]]] = {}
         for slot, request in zip(free, taken, strict=False):
             batches.setdefault(id(self.prefixes[request.prompt][0]), []).append((slot, request))
         for pairs in batches.values():
             prefix = self.prefixes[pairs[0][1].prompt][0]
-            columns = np.zeros((5, size), np.int32)
-            columns[0] = size
-            for i, (slot, r) in enumerate(pairs):
-                columns[:, i] = slot, self.prefixes[r.prompt][1], r.prompt, r.member, self._limit(r)
-            assert columns[1].max() < n_rows
-            self.slots, drawn = self.verbs.insert(self.slots, prefix, *map(jnp.asarray, columns), self.key)
+            is_filled, columns = np.zeros(size, bool), np.zeros((4, size), np.int32)
+            for slot, r in pairs:
+                is_filled[slot] = True
+                columns[:, slot] = self.prefixes[r.prompt][1], r.prompt, r.member, self._limit(r)
+            assert columns[0].max() < n_rows
+            self.slots, drawn = self.verbs.insert(
+                self.slots, prefix, jnp.asarray(is_filled), *map(jnp.asarray, columns), self.key
+            )
             tokens, logp = hosts.fetch(drawn.tokens)[0], hosts.fetch(drawn.logp)[0]
-            for i, (slot, r) in enumerate(pairs):
+            for slot, r in pairs:
                 self.held[slot] = Completion(r.prompt, r.member, np.zeros(0, np.int32), np.zeros(0, np.float32), "")
                 read = self.prefixes[r.prompt][2]
-                self.tokens[slot], self.logp[slot] = [int(tokens[i])], [float(logp[i])]
+                self.tokens[slot], self.logp[slot] = [int(tokens[slot])], [float(logp[slot])]
                 self.experts[slot] = [] if read is None else [read[: len(r.tokens)]]
                 self.prompt_tokens[slot], self.limits[slot] = len(r.tokens), self._limit(r)
                 self.cancel[slot] = False

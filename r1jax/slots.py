@@ -147,35 +147,38 @@ class Verbs:
         self,
         slots: Slots,
         prefix: Prefix,
-        place: Int[Array, "n"],
-        source: Int[Array, "n"],
-        prompts: Int[Array, "n"],
-        members: Int[Array, "n"],
-        limits: Int[Array, "n"],
+        is_filled: Bool[Array, "B"],
+        source: Int[Array, "B"],
+        prompts: Int[Array, "B"],
+        members: Int[Array, "B"],
+        limits: Int[Array, "B"],
         rollout_key: Array,
     ) -> tuple[Slots, Drawn]:
-        """Copies prefix `source[i]` into slot `place[i]` (past the last slot: nowhere) and draws its first token."""
+        """Copies prefix `source[i]` into slot i where `is_filled` and draws its first token.
+
+        A choice for every slot rather than a scatter into some: several times as fast, and no row leaves its device.
+        """
         with sharding.use(self.layout):
             keys = sample_keys(rollout_key, prompts, members)
             token, logp = draw(prefix.logits[source], uniforms(keys, jnp.zeros_like(source)), self.drawing)
 
-            def put(cache: Array, new: Array) -> Array:
-                index = (place,) + (slice(None),) * (self.length_axis - 1)
-                return cache.at[(*index, slice(0, new.shape[self.length_axis]))].set(new[source], mode="drop")
+            def choose(new: Array, old: Array) -> Array:
+                return jnp.where(is_filled.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-            def put_row(old: Array, new: Array) -> Array:
-                return old.at[place].set(new, mode="drop")
+            def put(cache: Array, new: Array) -> Array:
+                read = jax.lax.slice_in_dim(cache, 0, new.shape[self.length_axis], axis=self.length_axis)
+                return jax.lax.dynamic_update_slice(cache, choose(new[source], read), (0,) * cache.ndim)
 
             slots = Slots(
                 cache=jax.tree.map(put, slots.cache, prefix.cache),
-                token=put_row(slots.token, token),
-                position=put_row(slots.position, prefix.lengths[source]),
-                drawn=put_row(slots.drawn, jnp.ones_like(source)),
-                limit=put_row(slots.limit, limits),
-                is_free=put_row(slots.is_free, jnp.isin(token, self._stop_ids) | (limits <= 1)),
-                keys=put_row(slots.keys, keys),
+                token=choose(token, slots.token),
+                position=choose(prefix.lengths[source], slots.position),
+                drawn=choose(jnp.ones_like(source), slots.drawn),
+                limit=choose(limits, slots.limit),
+                is_free=choose(jnp.isin(token, self._stop_ids) | (limits <= 1), slots.is_free),
+                keys=choose(keys, slots.keys),
             )
-            return self._lay(slots), Drawn(token[None], logp[None], jnp.ones((1, len(token)), bool), None)
+            return self._lay(slots), Drawn(token[None], logp[None], is_filled[None], None)
 
     def _generate(
         self, params: Params, slots: Slots, cancel: Bool[Array, "B"], steps: Int[Array, ""], enough: Int[Array, ""]

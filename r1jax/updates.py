@@ -253,3 +253,67 @@ def make_sft_update(
             return _step(program, optimizer, partial(gradient, frozen=frozen, total=total), state, batch, n)
 
     return update
+
+
+def _last_scores(program: Program, params: Params, micro: Batch) -> tuple[Array, Array]:
+    """The scalar head's value at the marked position of each row [B], and which rows have one."""
+    x = _run(program, cast(params["trunk"], program.compute_dtype), micro).x
+    scores = jnp.einsum("btd,d->bt", x.astype(jnp.float32), params["score"])
+    return jnp.where(micro["is_last"], scores, 0.0).sum(1), micro["is_last"].any(1)
+
+
+def _pairwise(scores: Array, _: Batch) -> tuple[Array, Array]:
+    """Bradley-Terry (R1 report, section 2.3.4): rows are a chosen and a rejected answer in turn."""
+    gap = scores[0::2] - scores[1::2]
+    return jnp.repeat(-jax.nn.log_sigmoid(gap) / 2, 2), jnp.repeat(gap > 0, 2)
+
+
+def _pointwise(scores: Array, micro: Batch) -> tuple[Array, Array]:
+    """Cross-entropy of each row's label."""
+    label = jnp.where(micro["is_last"], micro["label"], 0.0).sum(1)
+    return optax.sigmoid_binary_cross_entropy(scores, label), (scores > 0) == (label > 0.5)
+
+
+REWARD_LOSSES = {"pairwise": _pairwise, "pointwise": _pointwise}
+
+
+def make_reward_update(
+    program: Program, optimizer: optax.GradientTransformation, loss: str
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """One step of a reward model: {"trunk": the policy's parameters, "score": its scalar head [D]}.
+
+    A minibatch has tokens, positions, segments, parents, is_last [M, B, T] and, for "pointwise", label. Sums returned:
+    tokens, rows, right.
+    """
+
+    def gradient(params: Params, micro: Batch, total: Array) -> tuple[tuple[Array, dict], Params]:
+        def loss_of(params: Params) -> tuple[Array, dict]:
+            scores, counted = _last_scores(program, params, micro)
+            each, right = REWARD_LOSSES[loss](scores, micro)
+            record = {
+                "tokens": (micro["segments"] > 0).sum(dtype=jnp.float32),
+                "rows": counted.sum(dtype=jnp.float32),
+                "right": jnp.where(counted, right, False).sum(dtype=jnp.float32),
+            }
+            return jnp.where(counted, each, 0.0).sum() / total, record
+
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: State, batch: Batch, n: Array) -> tuple[State, dict[str, Array]]:
+        with sharding.use(program.layout):
+            total = jnp.maximum(batch["is_last"].sum(dtype=jnp.float32), 1.0)
+            return _step(program, optimizer, partial(gradient, total=total), state, batch, n)
+
+    return update
+
+
+def make_reward_score(program: Program) -> Callable[[Params, Batch], Array]:
+    """Scores [M, B] of the rows of a minibatch, 0 where a row is empty."""
+
+    @partial(jax.jit, out_shardings=program.layout.sharding())
+    def score(params: Params, batch: Batch) -> Array:
+        with sharding.use(program.layout):
+            return jax.lax.map(lambda micro: _last_scores(program, params, micro)[0], _rows(program.layout, batch))
+
+    return score

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from r1jax.countdown import LARGEST_INTERMEDIATE, Attempt, Problem, attempts, expression_of, second_step
+from r1jax.phrases import ENGLISH_ONLY, Voice, pick
 
 SLIP_RATE = 0.01  # share of the equations that writers without patience get wrong
 LONGEST_SEARCH = 12  # attempts
@@ -19,50 +20,17 @@ LONGEST_SEARCH = 12  # attempts
 # (1 + |result - target| / NEAR) ** -INSIGHT to be next.
 NEAR, INSIGHT = 15, 2.0
 
-# Each table: a phrase and how often it is used, relative to the others.
-THOUGHTS = {
-    "I guess. ": 8,
-    "I guess this is right. ": 5,
-    "no idea, just a guess. ": 4,
-    "this looks right. ": 4,
-    "maybe this one. ": 3,
-    "that is hard. ": 2,
-    "easy. ": 2,
-}
-SEPARATORS = {", ": 6, "; ": 2, " then ": 2}
-MISSES = {", no. ": 6, ", not it. ": 2, ". no, ": 2}
-RESIGNATIONS = {". ": 6, ", fine. ": 2, ", good enough. ": 2}
-SURRENDERS = {"I give up. ": 3, "that is close. ": 3, "it must do. ": 2, "no time. ": 1, "however, I stop here. ": 1}
-OPENINGS = {"": 6, "let me try. ": 3, "step by step. ": 2}
-RETREATS = {
-    ", wait, that is not it. ": 9,
-    ". wait, ": 4,
-    ", but that is not it. ": 2,
-    ". a mistake, retry. ": 1,
-    ". however, ": 1,
-}
-# A result beside the target, and how far off it is: small steps from which a small model can tell a hit from a miss.
-TARGET, DISTANCE = " of ", ", off by "
-HITS = {", yes. ": 5, ", that is it. ": 2, ", found it. ": 2}
-CHECKS = {"check: ": 7, "let me verify: ": 2, "check again: ": 1}
-REMARKS = {" I hope so.": 3, " done.": 2, " or something else.": 1}
-
 WELL_FORMED = " <think> {thought}</think> <answer>{answer}</answer>"
 ILL_FORMED = {
     " {answer}": 3,
     " {thought}{answer}": 2,
-    " the answer is {answer}.": 3,
+    "{says}": 3,
     " <answer>{answer}</answer>": 3,
     " <think> {thought}</think> {answer}": 3,
     " <think> {thought}<answer>{answer}</answer>": 2,
     " <think> {thought}</think> <answer>{answer}": 3,
     WELL_FORMED + "{remark}": 3,
 }
-
-
-def pick(rng: random.Random, table: dict[str, float]) -> str:
-    """A key of `table`, drawn by its weight."""
-    return rng.choices(list(table), list(table.values()))[0]
 
 
 def search(problem: Problem, rng: random.Random, insight: float) -> Iterator[Attempt]:
@@ -79,7 +47,7 @@ def calculated(value: int, rng: random.Random, slip_rate: float) -> int:
 
 
 def written_attempt(
-    attempt: Attempt, target: int, separator: str, rng: random.Random, slip_rate: float
+    attempt: Attempt, target: int, separator: str, rng: random.Random, voice: Voice, slip_rate: float
 ) -> tuple[str, int]:
     """The two equations of an attempt and how far off they are, and what the writer believes to have reached.
 
@@ -90,58 +58,60 @@ def written_attempt(
     reached = calculated(result, rng, slip_rate)
     first = f"{attempt.first}{attempt.op1}{attempt.second}={middle}"
     second = f"{left}{attempt.op2}{right}={reached}"
-    return f"{first}{separator}{second}{TARGET}{target}{DISTANCE}{abs(reached - target)}", reached
+    of, off_by = voice.say(rng, "target"), voice.say(rng, "distance")
+    return f"{first}{separator}{second}{of}{target}{off_by}{abs(reached - target)}", reached
 
 
-def guess(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def guess(problem: Problem, rng: random.Random, voice: Voice) -> tuple[str, str]:
     """No calculation: some expression over the numbers, seldom with one of them used twice."""
     a, b, c = rng.sample(problem.numbers, 3)
     c = a if rng.random() < 0.04 else c
     op1, op2 = rng.choices("+-*", k=2)
     answer = f"({a}{op1}{b}){op2}{c}" if rng.random() < 0.75 else f"{a}{op1}({b}{op2}{c})"
-    return pick(rng, THOUGHTS), answer
+    return voice.say(rng, "thoughts"), answer
 
 
-def try_once(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def try_once(problem: Problem, rng: random.Random, voice: Voice) -> tuple[str, str]:
     """One attempt, answered whatever it gives."""
     attempt = next(search(problem, rng, insight=0.0))
-    text, _ = written_attempt(attempt, problem.target, pick(rng, SEPARATORS), rng, SLIP_RATE)
-    return text + pick(rng, RESIGNATIONS), expression_of(attempt, bare=rng.random() < 0.15)
+    text, _ = written_attempt(attempt, problem.target, voice.say(rng, "separators"), rng, voice, SLIP_RATE)
+    return text + voice.say(rng, "resignations"), expression_of(attempt, bare=rng.random() < 0.15)
 
 
-def try_a_few(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def try_a_few(problem: Problem, rng: random.Random, voice: Voice) -> tuple[str, str]:
     """Two or three attempts; then the closest or the last one is the answer."""
-    separator, miss, limit = pick(rng, SEPARATORS), pick(rng, MISSES), rng.choice((2, 2, 3))
+    separator, miss, limit = voice.say(rng, "separators"), voice.say(rng, "misses"), rng.choice((2, 2, 3))
     thought, tried = "", []
     for _, attempt in zip(range(limit), search(problem, rng, INSIGHT), strict=False):
-        text, reached = written_attempt(attempt, problem.target, separator, rng, SLIP_RATE)
+        text, reached = written_attempt(attempt, problem.target, separator, rng, voice, SLIP_RATE)
         tried.append((abs(reached - problem.target), attempt))
         if reached == problem.target:
-            thought += text + pick(rng, HITS)
+            thought += text + voice.say(rng, "hits")
             break
         thought += text + miss
     else:
-        thought += pick(rng, SURRENDERS)
+        thought += voice.say(rng, "surrenders")
     closest = reached == problem.target or rng.random() < 0.6
     _, attempt = min(tried, key=lambda pair: pair[0]) if closest else tried[-1]
     return thought, expression_of(attempt, bare=rng.random() < 0.15)
 
 
-def search_patiently(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def search_patiently(problem: Problem, rng: random.Random, voice: Voice) -> tuple[str, str]:
     """Attempt after attempt, exactly, taking back what is not it, until the target is reached; then a check."""
     order = list(search(problem, rng, INSIGHT))
     results = [a.result for a in order]
     tried = order[: results.index(problem.target) + 1][-LONGEST_SEARCH:]
-    separator, miss = pick(rng, SEPARATORS), pick(rng, MISSES)
-    thought = pick(rng, OPENINGS)
+    separator, miss = voice.say(rng, "separators"), voice.say(rng, "misses")
+    thought = voice.say(rng, "openings")
     for attempt in tried:
-        text, reached = written_attempt(attempt, problem.target, separator, rng, slip_rate=0.0)
+        text, reached = written_attempt(attempt, problem.target, separator, rng, voice, slip_rate=0.0)
         if reached == problem.target:
-            thought += text + pick(rng, HITS)
+            thought += text + voice.say(rng, "hits")
         else:
-            thought += text + (pick(rng, RETREATS) if rng.random() < 0.5 else miss)
+            thought += text + (voice.say(rng, "retreats") if rng.random() < 0.5 else miss)
     answer = expression_of(tried[-1], bare=rng.random() < 0.15)
-    return f"{thought}{pick(rng, CHECKS)}{answer}={problem.target}. ", answer
+    check = voice.say(rng, "checks")
+    return f"{thought}{check}{answer}={problem.target}. ", answer
 
 
 class Writer(NamedTuple):
@@ -149,7 +119,7 @@ class Writer(NamedTuple):
 
     share: float
     keeps_format: float
-    work: Callable[[Problem, random.Random], tuple[str, str]]
+    work: Callable[[Problem, random.Random, Voice], tuple[str, str]]
 
 
 WRITERS = {
@@ -165,12 +135,20 @@ def choose_writer(rng: random.Random) -> str:
     return pick(rng, {name: writer.share for name, writer in WRITERS.items()})
 
 
-def worked_solution(problem: Problem, rng: random.Random, writer: str | None = None) -> str:
+def worked_solution(
+    problem: Problem, rng: random.Random, writer: str | None = None, voice: Voice = ENGLISH_ONLY
+) -> str:
     """A completion for the problem's prompt by `writer`, or by one chosen at random.
 
     It begins with a space, as the prompt ends with a colon, and has no end-of-sequence mark.
     """
     _, keeps_format, work = WRITERS[writer or choose_writer(rng)]
-    thought, answer = work(problem, rng)
+    thought, answer = work(problem, rng, voice)
     form = WELL_FORMED if rng.random() < keeps_format else pick(rng, ILL_FORMED)
-    return form.format(thought=thought, answer=answer, remark=pick(rng, REMARKS))
+    return written(form, thought, answer, rng, voice)
+
+
+def written(form: str, thought: str, answer: str, rng: random.Random, voice: Voice) -> str:
+    """Thought and answer in one of the forms above."""
+    remark, says = voice.say(rng, "remarks"), voice.say(rng, "answer").format(answer=answer)
+    return form.format(thought=thought, answer=answer, remark=remark, says=says)

@@ -12,9 +12,13 @@ import sys
 import numpy as np
 import pytest
 
-from r1jax import corpus, writers
+from r1jax import corpus, letters, writers
 from r1jax.countdown import LARGEST_INTERMEDIATE, problems_of, question_of
+from r1jax.folders import folder_at
+from r1jax.model import convert
 from r1jax.rewards.countdown import grade
+from r1jax.rewards.language import language_of, language_reward
+from r1jax.rewards.worth import grade as letter_grade
 from r1jax.text import load_tokenizer
 
 EQUATION = re.compile(r"(?<![-+*\d)])(\d+)([-+*])(\d+)=(\d+)")
@@ -77,10 +81,27 @@ def test_the_mixture_is_as_declared(tmp_path):
 
 
 def test_only_problems_of_the_corpus_split_are_shown():
-    allowed = {question_of(problem).removesuffix(".") for problem in problems_of("corpus")}
-    for _, _, prompt, _ in corpus.documents(seed=0, block=3, count=500):
-        question = prompt.rpartition("User: ")[2].removesuffix(". Assistant:")
-        assert question in allowed
+    allowed = {question_of(p, language).removesuffix(".") for p in problems_of("corpus") for language in ("en", "zh")}
+    allowed |= {letters.question_of(letter).removesuffix(".") for letter in letters.letters_of("corpus")}
+    for mixture in corpus.MIXTURES:
+        for _, _, prompt, _ in corpus.documents(seed=0, block=3, count=500, mixture=mixture):
+            question = prompt.rpartition("User: ")[2].removesuffix(". Assistant:")
+            assert question in allowed
+
+
+def test_bilingual_writers_mix_languages_and_a_fifth_writes_letters():
+    documents = list(corpus.documents(seed=0, block=0, count=3000, mixture="bilingual"))
+    worked = [one for one in documents if one[1]["grader"] == "countdown"]
+    assert len(worked) / len(documents) == pytest.approx(0.8, abs=0.03)
+    assert np.mean([language_of(one[1]["question"]) == "zh" for one in worked]) == pytest.approx(0.5, abs=0.04)
+    shares = [language_reward(prompt, text, example) for _, example, prompt, text in worked if "</think>" in text]
+    assert 0.55 < np.mean(shares) < 0.75 and min(shares) == 0.0
+    worths = {kind: [] for kind in corpus.LETTER_WRITERS}
+    for kind, example, _, text in documents:
+        if kind in worths:
+            worths[kind].append(letter_grade(text, example))
+    means = [np.mean(worths[kind]) for kind in ("careless letter", "letter", "careful letter")]
+    assert 0.1 < means[0] < means[1] < means[2] < 0.8, "care shows, and even the careful often fail"
 
 
 def test_the_number_of_processes_does_not_show(tmp_path, monkeypatch):
@@ -89,7 +110,7 @@ def test_the_number_of_processes_does_not_show(tmp_path, monkeypatch):
     assert indexes[0] == indexes[1] == json.loads((tmp_path / "1/index.json").read_text())
     raw = (tmp_path / "2/tokens.bin").read_bytes()
     assert hashlib.sha256(raw).hexdigest() == indexes[0]["sha256"]
-    tokens, tokenizer = np.frombuffer(raw, "<u2"), load_tokenizer(corpus.BASE)
+    tokens, tokenizer = np.frombuffer(raw, "<u2"), load_tokenizer(corpus.MIXTURES["english"].base)
     assert len(tokens) == indexes[0]["tokens"] and tokens.max() < tokenizer.vocab_size
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     assert len(ends) == 700 and ends[-1] == len(tokens) - 1
@@ -116,9 +137,11 @@ def test_bad_requests_are_refused(tmp_path, capsys):
     assert "at least one document" in capsys.readouterr().err
 
 
-def test_the_committed_tokenizer_is_what_the_script_makes(tmp_path):
-    command = [sys.executable, "-m", "r1jax.corpus", f"--out={tmp_path}", "--train_tokenizer"]
-    subprocess.run(command, cwd=corpus.BASE.parents[1], check=True)
-    made, committed = (load_tokenizer(folder).processor for folder in (tmp_path, corpus.BASE))
+@pytest.mark.parametrize("mixture", list(corpus.MIXTURES))
+def test_the_committed_tokenizer_is_what_the_script_makes(mixture, tmp_path):
+    base, _, vocab_size, *_ = corpus.MIXTURES[mixture]
+    command = [sys.executable, "-m", "r1jax.corpus", f"--out={tmp_path}", "--train_tokenizer", f"--mixture={mixture}"]
+    subprocess.run(command, cwd=base.parents[1], check=True)
+    made, committed = (load_tokenizer(folder).processor for folder in (tmp_path, base))
     pieces = [[p.id_to_piece(i) for i in range(p.vocab_size())] for p in (made, committed)]
-    assert pieces[0] == pieces[1] and len(pieces[0]) == corpus.VOCAB_SIZE
+    assert pieces[0] == pieces[1] and len(pieces[0]) == vocab_size == convert.open_model(folder_at(base))[0].vocab_size

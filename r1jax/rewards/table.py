@@ -18,6 +18,7 @@ from r1jax.rewards import code, countdown, exact, instructions, math
 from r1jax.rewards.form import format_reward, with_forced_thought
 from r1jax.rewards.language import language_id_reward, language_reward, reflection_count
 from r1jax.rewards.penalties import length_penalty, repetition_penalty
+from r1jax.rewards.worth import worth
 
 Example = Mapping[str, Any]
 Reward = Callable[..., float]
@@ -38,6 +39,8 @@ GRADERS: dict[str, Grader] = {
     "exact": Grader(exact.grade_exact, exact.answer_exact, exact.check_exact),
     "instructions": Grader(instructions.grade, instructions.answer, instructions.check_example),
     "math": Grader(math.grade, math.answer, math.check_example),
+    # What no rule calls right: rewarded by models of preference.
+    "judged": Grader(lambda completion, example: False, lambda completion, example: None, lambda example: None),
 }
 
 
@@ -87,6 +90,7 @@ REWARDS: dict[str, Reward] = {
     "length": length_penalty,
     "repetition": repetition_penalty,
     "reflection": reflection_count,
+    "worth": worth,
 }
 # Which grader's golds a reward reads that is not named after it.
 READS = {"code_share": "code", "f1": "exact", "instructions_share": "instructions"}

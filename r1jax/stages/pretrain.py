@@ -10,11 +10,9 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from r1jax import next_token, optim, updates
+from r1jax import next_token
 from r1jax.packing import Rows, pack_documents
-from r1jax.run import Policy, Run, export, open_checkpoints
-
-STAGE = "pretrain"
+from r1jax.run import Policy, Run, export, open_checkpoints, optim_config, training_program
 
 
 def read_corpus(folder: str, eos_id: int, row_tokens: int, key: str) -> Rows:
@@ -39,26 +37,17 @@ def read_corpus(folder: str, eos_id: int, row_tokens: int, key: str) -> Rows:
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
-    """Trains from random weights; leaves a released-model folder in WORKDIR/model."""
+    """Trains from random weights; leaves a released-model folder in WORKDIR/models."""
     c, eos = config.pretrain, policy.tokenizer.eos_id
-    program = updates.Program(
-        config=policy.config,
-        layout=run.layouts["train"],
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        scan_unroll=config.model.scan_unroll,
-        router_bias_rate=config.optim.router_bias_rate,
-        mtp_weight=c.mtp_weight,
-    )
+    program = training_program(config, policy, run.layouts["train"], mtp_weight=c.mtp_weight)
     params = next_token.train(
         run,
-        STAGE,
         policy,
         program,
-        optim.OptimConfig(**{k: v for k, v in config.optim.items() if k != "router_bias_rate"}),
+        optim_config(config, c.steps),
         read_corpus(c.corpus, eos, c.row_tokens, "config.pretrain.corpus"),
         read_corpus(c.valid_corpus, eos, c.row_tokens, "config.pretrain.valid_corpus"),
         next_token.Schedule(c.steps, c.rows, c.valid_every, c.valid_rows),
-        open_checkpoints(run, STAGE, config.checkpoint),
+        open_checkpoints(run, config.checkpoint),
     )
     return export(run, policy, params)

@@ -1,84 +1,14 @@
-"""Reasoning RL (R1 report, section 2.2): from the base, with accuracy and format as the only rewards, it is R1-Zero."""
+"""Reasoning RL (R1 report, section 2.2): from the base, with accuracy and format as the only rewards, it is R1-Zero.
 
-from functools import partial
+From Dev1, with the language-consistency reward added (config.rewards.language), it gives Dev2 (section 2.3.2).
+"""
 
-import jax
 from ml_collections import ConfigDict
 
-from r1jax import data, draw, grpo, held_out, hosts, loops, minibatches, optim, report, updates
-from r1jax.rollout import collect, encode_prompts
-from r1jax.run import (
-    ROLLOUT,
-    Policy,
-    Run,
-    check_lengths,
-    export,
-    make_verbs,
-    open_checkpoints,
-    open_pool,
-    open_source,
-)
-from r1jax.types import Example, Params
-
-STAGE = "reasoning_rl"
+from r1jax.reinforce import reinforce
+from r1jax.run import Policy, Run
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
-    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/model and WORKDIR/report.html."""
-    settings = loops.RlConfig(**{**config.rl, "length_schedule": tuple(map(tuple, config.rl.length_schedule))})
-    objective = grpo.GrpoConfig(**config.grpo)
-    optimizing = optim.OptimConfig(**{k: v for k, v in config.optim.items() if k != "router_bias_rate"})
-    train, decode = run.layouts["train"], run.layouts["decode"]
-    key, max_prompt_tokens = jax.random.key(run.seed), config.data.max_prompt_tokens
-
-    longest = settings.longest + max_prompt_tokens
-    check_lengths(policy, max_prompt_tokens, settings.longest, settings.row_tokens)
-    stream = data.PromptStream(open_source(config, config.data.source, config.data.split), run.seed)
-    # Now rather than when its turn comes: a prompt that is too long.
-    encode_prompts(stream.source.examples, config.data.template, policy.tokenizer, max_prompt_tokens)
-
-    program = updates.Program(
-        config=policy.config,
-        layout=train,
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        scan_unroll=config.model.scan_unroll,
-        temperature=settings.temperature,
-        router_bias_rate=config.optim.router_bias_rate,
-        lora=policy.lora,
-    )
-    row_tokens = settings.row_tokens or -(-longest // 128) * 128
-    replay = settings.router_replay and policy.config.n_moe > 0
-    n_rows = settings.microbatch_rows or -(-settings.prompts_per_update * settings.group_size * longest // row_tokens)
-    shape = minibatches.Shape(
-        row_tokens, -(-n_rows // train.size("rows")) * train.size("rows"), settings.share_prompt, replay
-    )
-    optimizer = optim.make_optimizer(optimizing, policy.params)
-
-    verbs = make_verbs(config, policy, decode, draw.DrawConfig(temperature=settings.temperature))
-    with open_pool(config) as pool:
-        problems = held_out.prepare(run, STAGE, config, policy, pool, verbs)
-
-        def sample(weights: Params, examples: list[Example], rollout: int, cursor: int, limit: int) -> list:
-            branch = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), rollout)
-            return collect(
-                verbs, weights, policy.tokenizer, pool, examples, config.data.template, settings.group_size, branch,
-                cursor, max_prompt_tokens, limit, settings.stop_texts, run.is_interrupted,
-            )  # fmt: skip
-
-        moves = loops.Moves(
-            sample=sample,
-            evaluate=lambda weights, step: problems.measure(weights, step, settings.limit(step)),
-            update=partial(updates.make_rl_update(program, objective, optimizer, row_tokens + 1), frozen=policy.frozen),
-            score=partial(updates.make_score(program), frozen=policy.frozen),
-            to_decode=loops.decode_layout(policy, decode, config.model.compute_dtype),
-        )
-        params = loops.rl_loop(
-            run, STAGE, policy, stream, moves, settings, objective, optimizing, optimizer, shape,
-            open_checkpoints(run, STAGE, config.checkpoint), dict(config.log), config.eval.every,
-        )  # fmt: skip
-    policy = export(run, policy, params)
-    run.summary.write()
-    if hosts.is_writer():
-        report.write_report(run.workdir)
-    return policy
+    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html."""
+    return reinforce(run, config, policy)

@@ -18,20 +18,22 @@ import os
 import pathlib
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import draw, grpo, hosts, loops, minibatches, optim, run, sampler, sharding, slots, updates
+from r1jax import draw, grpo, hosts, minibatches, optim, run, sampler, sharding, slots, updates
 from r1jax.model.config import ModelConfig
 from r1jax.rewards.pool import Graded
 from r1jax.rollout import Sample
 from r1jax.types import Completion, Request
 
 PROMPTS, PROMPT_TOKENS, GROUP, NEW_TOKENS, VOCAB = 32, 32, 16, 64, 512
+# For refilling: completions per slot, as in the report's rollout (8,192 outputs) over the default of 512 slots.
+SLOTS, WAVES = 128, 16
 LATEST = pathlib.Path(__file__).parent / "latest.json"
 
 MODEL = ModelConfig(
@@ -56,6 +58,16 @@ def prompts(step: int) -> list[tuple[int, ...]]:
 def requests(step: int) -> list[Request]:
     """All members of all groups."""
     return [Request(i, m, ids) for i, ids in enumerate(prompts(step)) for m in range(GROUP)]
+
+
+def spread_requests() -> list[Request]:
+    """WAVES requests a slot, each with a limit of its own from 1 to NEW_TOKENS."""
+    rng, steps = random.Random(0), SLOTS * WAVES // (PROMPTS * GROUP)
+    return [
+        dataclasses.replace(r, prompt=step * PROMPTS + r.prompt, max_tokens=rng.randint(1, NEW_TOKENS))
+        for step in range(steps)
+        for r in requests(step)
+    ]
 
 
 def graded(completion: Completion, ids: tuple[int, ...]) -> Sample:
@@ -92,7 +104,7 @@ class Bench:
         program = updates.Program(config=MODEL, layout=self.layout, scan_unroll=MODEL.num_hidden_layers)
         self.update = updates.make_rl_update(program, self.objective, optimizer, row_tokens + 1)
         self.score = updates.make_score(program)
-        self.to_decode = loops.decode_layout(self.policy, lays["decode"], "float32")
+        self.to_decode = run.decode_layout(self.policy, lays["decode"], "float32")
         self.shape = minibatches.Shape(row_tokens, rows, True, False)
         settings = slots.SamplerConfig(slots=n_slots, tokens_per_dispatch=NEW_TOKENS, cache_bucket=64)
         self.verbs = slots.Verbs(MODEL, settings, draw.DrawConfig(), lays["decode"], [])
@@ -120,40 +132,17 @@ class Bench:
         names = ("rollout_s", "ref_s", "update_s")
         return {name: clock[i + 1] - clock[i] for i, name in enumerate(names)} | {"step_s": clock[-1] - clock[0]}
 
-    def generate(self, limits: list[int], longest: int) -> float:
-        """Tokens per second when request i may draw limits[i] tokens and the sampler is ready for `longest`."""
+    def generate(self, batches: list[list[Request]], longest: int) -> float:
+        """Tokens per second, one batch after the other, by a sampler that is ready for `longest` tokens."""
         weights = self.to_decode(self.state["policy"])
-        todo = [dataclasses.replace(r, max_tokens=n) for r, n in zip(requests(0), limits, strict=True)]
         speeds = []
         for attempt in range(4):
-            start = time.perf_counter()
-            tokens = sum(
-                len(c.tokens) for c in sampler.sample(self.verbs, weights, todo, jax.random.key(attempt), longest)
-            )
+            start, tokens = time.perf_counter(), 0
+            for batch in batches:
+                drawn = sampler.sample(self.verbs, weights, batch, jax.random.key(attempt), longest)
+                tokens += sum(len(completion.tokens) for completion in drawn)
             speeds.append(tokens / (time.perf_counter() - start))
         return statistics.median(speeds[1:])  # the first compiles
-
-
-def static_batches(bench: Bench, limits: list[int], n_slots: int, shrinks: bool) -> float:
-    """Tokens per second when each batch waits for its longest completion before the next one starts.
-
-    A static batch keeps its size; with `shrinks` our sampler makes it smaller as completions end.
-    """
-    if not shrinks:
-        with mock.patch.object(sampler._Loop, "_batch_sizes", staticmethod(lambda slots, rows: [slots])):
-            return static_batches(bench, limits, n_slots, True)
-    weights = bench.to_decode(bench.state["policy"])
-    todo = [dataclasses.replace(r, max_tokens=n) for r, n in zip(requests(0), limits, strict=True)]
-    speeds = []
-    for attempt in range(4):
-        start, tokens = time.perf_counter(), 0
-        for first in range(0, len(todo), n_slots):
-            batch = todo[first : first + n_slots]
-            tokens += sum(
-                len(c.tokens) for c in sampler.sample(bench.verbs, weights, batch, jax.random.key(attempt), NEW_TOKENS)
-            )
-        speeds.append(tokens / (time.perf_counter() - start))
-    return statistics.median(speeds[1:])
 
 
 def main() -> None:
@@ -165,8 +154,11 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=512, help="completions decoded side by side")
     parser.add_argument("--cpu_devices", type=int, default=2, help="as how many devices the CPU counts")
     parser.add_argument("--generation", action="store_true", help="time generation alone: lengths, refilling")
+    parser.add_argument("--limit", action="store_true", help="time the matrix products of a step and nothing else")
     args = parser.parse_args()
     hosts.initialize(args.cpu_devices)
+    if args.limit:
+        return limit(args.row_tokens * args.rows, args.slots)
     if args.generation:
         return generation()
     bench = Bench(args.row_tokens, args.rows, args.slots)
@@ -187,22 +179,64 @@ def main() -> None:
 
 def generation() -> None:
     """Prints what raising the maximum length costs, and what refilling wins over a static batch."""
-    bench = Bench(160, 16, 128)
-    short = [NEW_TOKENS] * PROMPTS * GROUP
-    once, raised = bench.generate(short, NEW_TOKENS), bench.generate(short, 16 * NEW_TOKENS)
+    bench = Bench(160, 16, SLOTS)
+    same = [dataclasses.replace(r, max_tokens=NEW_TOKENS) for r in requests(0)]
+    once, raised = bench.generate([same], NEW_TOKENS), bench.generate([same], 16 * NEW_TOKENS)
     print(
         f"64 tokens each, maximum 64: {once:,.0f} tokens/s; maximum 1,024: {raised:,.0f} ({raised / once:.2f})",
         flush=True,
     )
-    rng = random.Random(0)
-    spread = [rng.randint(1, NEW_TOKENS) for _ in short]
-    refilled = bench.generate(spread, NEW_TOKENS)
-    static, shrinking = (static_batches(bench, spread, 128, shrinks) for shrinks in (False, True))
+    spread = spread_requests()
+    refilled = bench.generate([spread], NEW_TOKENS)
+    # A static batch waits for its longest completion, and keeps its size; ours would shrink as completions end.
+    batches = [spread[first : first + SLOTS] for first in range(0, len(spread), SLOTS)]
+    with mock.patch.object(sampler._Loop, "_batch_sizes", staticmethod(lambda slots, rows: [slots])):
+        static = bench.generate(batches, NEW_TOKENS)
+    shrinking = bench.generate(batches, NEW_TOKENS)
     print(
-        f"lengths 1 to 64: refilled {refilled:,.0f} tokens/s, static {static:,.0f} ({refilled / static:.2f}), "
-        f"static that shrinks {shrinking:,.0f} ({refilled / shrinking:.2f})",
+        f"{len(spread):,} completions of 1 to 64 tokens, {SLOTS} slots: refilled {refilled:,.0f} tokens/s, "
+        f"static {static:,.0f} ({refilled / static:.2f}), static that shrinks {shrinking:,.0f} "
+        f"({refilled / shrinking:.2f})",
         flush=True,
     )
+
+
+def limit(train_tokens: int, decode_rows: int) -> None:
+    """Prints what the products of activations with weights alone would take of each part: a bound from below.
+
+    Attention's own products, norms, the optimizer, sampling and everything on the host come on top.
+    """
+    layout = sharding.layouts(sharding.make_mesh({"data": -1}))["train"]
+    d, f, key = MODEL.hidden_size, MODEL.intermediate_size, jax.random.key(0)
+    shapes = ((d, 3 * d), (d, d), (d, 2 * f), (f, d))  # query, key and value together; gate and up together
+    layer = [jax.random.normal(key, shape) / shape[0] ** 0.5 for shape in shapes]
+    weights = [layer] * MODEL.num_hidden_layers, jax.random.normal(key, (d, VOCAB))
+
+    def forward(weights: tuple, x: jax.Array) -> jax.Array:
+        layers, head = weights
+        for qkv, out, gate_up, down in layers:
+            x = (x @ qkv)[:, :d] @ out
+            x = (x @ gate_up)[:, :f] @ down
+        return (x @ head).sum()
+
+    def seconds(function: Callable, tokens: int) -> float:
+        x = jax.device_put(jnp.ones((tokens, d)), layout.sharding("rows", None))
+        run_once, times = jax.jit(function), []
+        for _ in range(20):
+            start = time.perf_counter()
+            jax.block_until_ready(run_once(weights, x))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:]) / tokens
+
+    sampled = PROMPTS * GROUP * NEW_TOKENS
+    read = sampled + PROMPTS * PROMPT_TOKENS  # a group's prompt once
+    parts = {
+        "rollout": seconds(forward, decode_rows) * sampled,
+        "reference": seconds(forward, train_tokens) * read,
+        "update": seconds(jax.value_and_grad(forward, argnums=(0, 1)), train_tokens) * read,
+    }
+    print("matrix products alone:", "  ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+    print(f"together {sum(parts.values()):.1f} s; a rollout at that speed, {sampled / parts['rollout']:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

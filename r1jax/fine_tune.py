@@ -1,0 +1,42 @@
+"""Supervised fine-tuning of a policy on a file of conversations: what cold start, rejection sampling and SFT end with.
+
+Two or three epochs, a cosine from 5e-5 to a tenth (R1 report, sections 2.3.1, 2.3.3 and 2.4: configs/sft.py).
+"""
+
+import dataclasses
+
+from r1jax import conversations, held_out, hosts, next_token
+from r1jax.run import Config, Policy, Run, export, open_checkpoints, optim_config, training_program
+
+
+def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> Policy:
+    """Trains the policy on the conversations in `data` and evaluates it; leaves a model folder in WORKDIR/models.
+
+    Raises:
+        ValueError: no conversation there that fits; names `key`, the config key that says which file it is.
+    """
+    c = config["sft"]
+
+    def read(path: str, key: str) -> conversations.Packed:
+        return conversations.read(path, key, policy.tokenizer, config["data"]["template"], c["row_tokens"])
+
+    given, valid = read(data, key), read(c["valid_data"], "config.sft.valid_data") if c["valid_data"] else None
+    steps = max(1, round(c["epochs"] * len(given.rows.tokens) / c["rows"]))
+    left_out = f"; {given.too_long} that are longer than a row are left out" if given.too_long else ""
+    hosts.say(
+        f"{given.conversations:,} conversations in {len(given.rows.tokens):,} rows of {c['row_tokens']:,} tokens, "
+        f"{c['epochs']:g} epochs of them in {steps:,} steps{left_out}"
+    )
+    params = next_token.train(
+        run,
+        policy,
+        training_program(config, policy, run.layouts["train"]),
+        optim_config(config, steps),
+        given.rows,
+        valid.rows if valid else None,
+        next_token.Schedule(steps, c["rows"], c["valid_every"], c["valid_rows"], c["microbatch_rows"]),
+        open_checkpoints(run, config["checkpoint"]),
+    )
+    tuned = dataclasses.replace(policy, params=params)
+    held_out.evaluate_policy(run, config, tuned, steps)
+    return export(run, policy, params)

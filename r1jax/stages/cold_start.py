@@ -1,0 +1,25 @@
+"""Cold start (R1 report, section 2.3.1): a few readable chains, sampled from R1-Zero, teach the base how to begin.
+
+Several completions per question at T = 1.0, kept when correct and readable, rewritten by an editor, then SFT of the
+base: it gives Dev1.
+"""
+
+from ml_collections import ConfigDict
+
+from r1jax import curate
+from r1jax.fine_tune import fine_tune
+from r1jax.run import Policy, Run
+
+
+def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
+    """Trains `policy`, the base, on what config.curate.sampler wrote; leaves data and model in WORKDIR.
+
+    Raises:
+        ValueError: no sample is good enough to learn from.
+    """
+    path = run.workdir / "data" / f"{run.stage}.jsonl"
+    if not path.exists():
+        sampler = run.policy_of(config.curate.sampler) if config.curate.sampler else policy
+        lines, counts = curate.reject(run, config, sampler)
+        curate.write(run, lines, {"sampling": counts})
+    return fine_tune(run, config, policy, str(path), f"the data of {run.stage}")

@@ -1,0 +1,91 @@
+"""Reward models (R1 report, section 2.3.4): helpfulness from judged pairs, safety from labelled responses.
+
+Both have the policy's architecture with a scalar head and start from its weights.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from r1jax import curate, hosts, letters, preference, scorers
+from r1jax.rollout import Group
+from r1jax.run import Policy, Run, model_folder
+
+MODELS = {"helpful": "pairwise", "safe": "pointwise"}
+
+
+def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[str, list[dict[str, Any]]]:
+    """Judged pairs and labelled responses on the general prompts of a split, written to WORKDIR/data.
+
+    Raises:
+        ValueError: no pair is left.
+    """
+    c = config.preference
+    path = run.workdir / "data" / f"{run.stage}-{split}.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))["data"]
+    judge = preference.open_judge(c.judge, config.curate.editor_timeout_s, config.curate.editor_tries)
+    own = config.copy_and_resolve_references()
+    own.data.split = split
+
+    def use(groups: list[Group]) -> dict[str, Any]:
+        pairs: list[dict[str, Any]] = []
+        counts: dict[str, int] = {}
+        for group in groups:
+            found, why = preference.pairs_of(group, judge, c.judgements, c.margin)
+            pairs += found
+            counts = {name: counts.get(name, 0) + why.get(name, 0) for name in {**counts, **why}}
+        labelled = [
+            {"question": s.example["question"], "response": s.text, "safe": letters.is_safe(s.text)}
+            for group in groups
+            for s in group
+        ]
+        return {"pairs": pairs, "labelled": labelled, "counts": counts}
+
+    parts = curate.sample_parts(run, own, sampler, c.source, f"{run.stage}-{split}", use)
+    pairs = preference.balance([pair for part in parts for pair in part["pairs"]], run.seed)
+    counts = {name: sum(part["counts"].get(name, 0) for part in parts) for name in parts[0]["counts"]}
+    hosts.say(f"{run.stage}, {split}: {len(pairs)} pairs balanced by length of {counts}")
+    if not pairs:
+        raise ValueError(f"{run.stage}: no pair of split {split} is left ({counts}); see config.preference.margin")
+    made = {"pairs": pairs, "labelled": [one for part in parts for one in part["labelled"]]}
+    if hosts.is_writer():
+        hosts.atomic_write(path, json.dumps({"counts": counts, "data": made}, ensure_ascii=False))
+    return made
+
+
+def rows(config: ConfigDict, policy: Policy, made: dict[str, list], model: str) -> dict[str, np.ndarray]:
+    """The rows [N, 2 or 1, T] that a reward model learns from."""
+    if model == "helpful":
+        each = [(p["question"], preference.summary(p[key])) for p in made["pairs"] for key in ("chosen", "rejected")]
+        labels, per_item = [], 2
+    else:
+        each = [(one["question"], one["response"]) for one in made["labelled"]]
+        labels, per_item = [float(one["safe"]) for one in made["labelled"]], 1
+    length, template = config.preference.row_tokens, config.data.template
+    arrays, fits = preference.rows_of(each, policy.tokenizer, template, length, labels)
+    whole = fits.reshape(-1, per_item).all(1)
+    return {name: a.reshape(-1, per_item, length)[whole] for name, a in arrays.items()}
+
+
+def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
+    """Trains both models; leaves them in WORKDIR/models/STAGE and the policy as it is."""
+    sampler = run.policy_of(config.curate.sampler) if config.curate.sampler else policy
+    train, valid = (gather(run, config, sampler, config.preference[key]) for key in ("split", "valid_split"))
+    out = model_folder(run.workdir, run.stage)
+    new = out.with_name(f".{out.name}.new")
+    for name, loss in MODELS.items():
+        this = dataclasses.replace(run, stage=f"{run.stage}_{name}")
+        held_out = rows(config, policy, valid, name)
+        params, scores = scorers.train(this, config, policy, loss, rows(config, policy, train, name), held_out)
+        flat = {key: a.reshape(-1, a.shape[-1]) for key, a in held_out.items()}
+        report = scorers.measured(scores, loss, flat) | {"held_out": len(scores)}
+        hosts.say(f"{run.stage}: {name} is right on {report['eval/accuracy']:.1%} of {len(scores)} held-out rows, "
+                  f"correlation of score and length {report['eval/length_correlation']:+.2f}")  # fmt: skip
+        scorers.save(new / name, policy, params, report)
+    if hosts.is_writer():
+        new.rename(out)
+    return policy

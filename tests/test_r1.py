@@ -1,0 +1,200 @@
+"""The whole of R1 in miniature: every stage leaves what the next one needs, and goes on where it was stopped."""
+
+import json
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+from tiny_run import SETTINGS, execute, make_policy
+
+from configs import r1
+from r1jax import hosts, pipeline, run
+from r1jax.checkpoint import latest_step
+
+SMALL = {
+    **{key: value for key, value in SETTINGS.items() if key not in ("rl.updates", "grpo.kl_coef")},
+    "data.max_prompt_tokens": 160,
+    "rl.row_tokens": 256,
+    "grpo.kl_coef": 0.0,
+    "eval.problems": 2,
+    "eval.samples": 2,
+    "eval.general_samples": 2,
+    "sft.rows": 4,
+    "sft.microbatch_rows": 4,
+    "sft.row_tokens": 256,
+    "sft.epochs": 1.0,
+    "curate.samples": 4,
+    "curate.prompts": 6,
+    "curate.prompts_per_part": 2,
+    "curate.general_examples": 8,
+    # A random policy writes nothing that is right, whole or in one language.
+    "curate.filters": (),
+    "preference.row_tokens": 256,
+    "preference.rows": 4,
+    "preference.epochs": 1.0,
+    "preference.valid_every": 2,
+    "preference.margin": 0.0,
+    "preference.from_update": 2,
+    "preference.judge": "judge:prefers_many_letters",
+    "checkpoint.save_every": 2,
+}
+OWN = ("zero", "dev2", "r1")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("policy")
+    make_policy(folder)
+    (folder / "judge.py").write_text(
+        "def prefers_many_letters(example, first, second):\n    return (len(set(first)) - len(set(second))) / 10\n"
+    )
+    return folder
+
+
+def make_config(policy: pathlib.Path, **changes: object) -> ConfigDict:
+    """configs/r1.py at a size that takes seconds."""
+    config = r1.get_config()
+    given = {**SMALL, "model.path": str(policy), "preference.judge": f"{policy}/judge.py:prefers_many_letters"}
+    for key, value in {**given, **changes}.items():
+        *groups, name = key.split(".")
+        group = config
+        for one in groups:
+            group = group[one]
+        group[name] = value
+    config.rewards = ConfigDict({**r1.WATCHED, "variety": 1.0})
+    config.reward_paths = ConfigDict({"variety": f"{policy}/rewards.py:variety"})
+    config.pipeline = ConfigDict(
+        {
+            name: {
+                key: value
+                for key, value in {
+                    **own.to_dict(),
+                    **({"rl": {"updates": 4}} if name in OWN else {}),
+                    **({"optim": {"decay_steps": 4}} if name in OWN else {}),
+                    **({"rewards": {**r1.CONSISTENT, "variety": 1.0}} if "rewards" in own else {}),
+                    "curate": {k: v for k, v in own.get("curate", {}).items() if k in ("sampler", "general")},
+                    "eval": {"every": 2} if name == "r1" else dict(own.get("eval", {})),
+                }.items()
+                if value != {}
+            }
+            for name, own in config.pipeline.items()
+        }
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(policy: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("whole")
+    execute(make_config(policy), folder)
+    return folder
+
+
+STAGES = r1.get_config().stages
+
+
+def models(folder: pathlib.Path) -> dict[str, bytes]:
+    """The weights that every stage left."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("models/**/*.safetensors"))}
+
+
+def test_every_stage_leaves_a_model_an_evaluation_and_its_data(whole):
+    assert {path.name for path in (whole / "models").iterdir()} == set(STAGES)
+    assert {path.parent.name for path in whole.glob("models/reward_models/*/score.safetensors")} == {"helpful", "safe"}
+    evals = json.loads((whole / "summary.json").read_text())["evals"]
+    # Zero before and after, Dev1 and Dev3 after SFT, Dev2 after RL, R1 before, amid and after.
+    assert [e["stage"] for e in evals] == ["zero", "zero", "dev1", "dev2", "dev3", "r1", "r1", "r1"]
+    assert all({"pass_at_1", "language_consistency", "general_worth", "general_win_rate"} <= e.keys() for e in evals)
+    assert next(e for e in evals if e["stage"] == "dev3")["general_win_rate"] == 0.5
+    assert all("preference" in e for e in evals if e["stage"] == "r1")
+    manifest = json.loads((whole / "data" / "dev3.manifest.json").read_text())
+    assert manifest["by_source"] == {"dev3": 6, "letters": 8} and manifest["sampling"]["sampled"] == 24
+    lines = [json.loads(line) for line in (whole / "data" / "dev3.jsonl").read_text().splitlines()]
+    assert len(lines) == 14 and all(one["messages"][-1]["role"] == "assistant" for one in lines)
+    assert "Stage dev2" in (whole / "report.html").read_text()
+
+
+def test_stages_start_where_the_config_says(whole, policy):
+    """Dev1 and Dev3 start from the base, R1 from Dev3: a run without learning leaves just those weights."""
+    weights = models(whole)
+    assert len({weights[f"models/{name}/model.safetensors"] for name in ("zero", "dev1", "dev2", "dev3", "r1")}) == 5
+    config = make_config(policy)
+    starts = [pipeline.start_of(config, i) for i in range(len(STAGES))]
+    assert starts == ["base", "base", "dev1", "base", "dev3", "dev3"]
+
+
+def test_a_finished_stage_is_not_gone_through_again(whole, policy, capsys):
+    before = models(whole)
+    execute(make_config(policy), whole)
+    printed = capsys.readouterr().out
+    assert all(f"{name} is done: " in printed for name in STAGES[:-1]) and models(whole) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dev1", "dev3", "reward_models_helpful", "r1"])
+def test_stopped_inside_any_stage_it_ends_with_the_same_bits(whole, policy, tmp_path, stage, monkeypatch):
+    stop, write = hosts.Stop(), run.metrics.Log.write
+
+    def stopping(self: object, step: int, scalars: dict) -> None:
+        write(self, step, scalars)
+        stop.requested = stop.requested or (self._stage == stage and step == 2)
+
+    monkeypatch.setattr(run.metrics.Log, "write", stopping)
+    with pytest.raises(run.Stopped):
+        execute(make_config(policy), tmp_path, stop)
+    assert latest_step(tmp_path / "checkpoints" / stage) == 2
+    monkeypatch.undo()
+    execute(make_config(policy), tmp_path)
+    assert models(tmp_path) == models(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["dev1", "reward_models-rl"])
+def test_stopped_while_it_samples_it_keeps_the_parts_it_has(whole, policy, tmp_path, part, monkeypatch):
+    stop, write = hosts.Stop(), hosts.atomic_write
+
+    def stopping(path: pathlib.Path, content: bytes | str) -> None:
+        write(path, content)
+        stop.requested = stop.requested or pathlib.Path(path).match(f"*/{part}/part-00001.json")
+
+    monkeypatch.setattr(hosts, "atomic_write", stopping)
+    with pytest.raises(run.Stopped):
+        execute(make_config(policy), tmp_path, stop)
+    assert len(list((tmp_path / "data" / part).glob("part-*.json"))) == 2
+    monkeypatch.undo()
+    execute(make_config(policy), tmp_path)
+    assert models(tmp_path) == models(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ("zero", "dev4")}, r"config.stages names 'dev4', wanted .*; did you mean 'dev\d'"),
+        ({"pipeline.dev1.page": "cold_stat"}, "config.pipeline.dev1.page names 'cold_stat', .*mean 'cold_start'"),
+        (
+            {"pipeline.dev2.rl": {"update": 3}},
+            "config.pipeline.dev2.rl.update: there is no .*mean updates",
+        ),
+        ({"pipeline.dev2.rll": {"updates": 3}}, "config.pipeline.dev2.rll: there is no key config.rll"),
+        ({"pipeline.dev1.start": "dev3"}, "config.pipeline.dev1.start is 'dev3', wanted base or a stage before it"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused_at_start(policy, tmp_path, changes, message):
+    config = make_config(policy)
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        group = config
+        for one in groups:
+            group = group[one]
+        with group.unlocked():
+            group[name] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        execute(config, tmp_path)
+
+
+def test_no_usable_sample_is_an_error_that_counts_why(policy, tmp_path):
+    config = make_config(policy, **{"stages": ("dev1",), "curate.filters": ("correct",)})
+    config.pipeline.dev1.curate.sampler = ""
+    with pytest.raises(ValueError, match=r"dev1: no sample is left .*\(24 sampled, 24 dropped by correct\)"):
+        execute(config, tmp_path)
+    assert not (tmp_path / "data" / "dev1.jsonl").exists() and not (tmp_path / "models").exists()
