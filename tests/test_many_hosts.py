@@ -28,7 +28,7 @@ def all_well(ends: list[Ended]) -> None:
 
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    return load((workdir / "model" / "model.safetensors").read_bytes())
+    return load((workdir / "models" / STAGE / "model.safetensors").read_bytes())
 
 
 def same_run(one: pathlib.Path, other: pathlib.Path) -> None:

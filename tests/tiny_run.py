@@ -166,7 +166,7 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     """Everything that a run leaves and that has to be alike, bit for bit, in one that was cut short and went on."""
     return {
-        "policy": (workdir / "model" / "model.safetensors").read_bytes(),
+        "policy": (workdir / "models" / STAGE / "model.safetensors").read_bytes(),
         "metrics": metrics(workdir),
         "rollouts": {path.name: path.read_bytes() for path in sorted((workdir / "rollouts").iterdir())},
         "evals": json.loads((workdir / "summary.json").read_text())["evals"],
