@@ -15,6 +15,7 @@ import pathlib
 import resource
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -124,6 +125,7 @@ def _leave(cause: str | None, code: int = TRY_AGAIN) -> None:
     """Ends this process at once, without jax's own good-bye, which waits for hosts that are no longer there."""
     if cause is not None:
         os.write(2, f"r1jax: {cause}; this host ends as well\n".encode())
+    threading.Timer(5.0, os._exit, (code,)).start()  # should another thread be stuck in a print
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
