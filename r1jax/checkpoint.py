@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -129,9 +130,15 @@ class Checkpoints:
                 raise self._not_written(step, problem) from error
 
     def close(self) -> None:
-        """Waits for the save under way (raising as `wait` does) and ends the background threads."""
+        """Waits for the save under way (raising as `wait` does) and ends the background threads.
+
+        While an exception passes it asks nobody: the others may be elsewhere in the program.
+        """
         try:
-            self.wait()
+            if sys.exception() is None:
+                self.wait()
+            elif self._saving:
+                self._saving[1].exception()
             if self._has_saved:  # a reader deletes nothing
                 self._prune()
         finally:

@@ -86,7 +86,7 @@ def parts_of(run: Run, name: str, count: int, make: Callable[[int], dict[str, An
         for i in range(count):
             path = folder / f"part-{i:05d}.json"
             if not done[i]:
-                part = make(i)
+                part = hosts.agree(make(i))  # an editor may have told each host something else
                 if hosts.is_writer():
                     hosts.atomic_write(path, json.dumps(part, ensure_ascii=False))
                 progress.step(i + 1, {})
@@ -149,7 +149,8 @@ def reject(run: Run, config: Config, policy: Policy) -> tuple[list[dict[str, Any
     """
     check_filters(config)
     c = config["curate"]
-    edit = open_editor(c["editor"], c["editor_timeout_s"], c["editor_tries"])
+    # One host asks the editor for all.
+    edit = open_editor(c["editor"], c["editor_timeout_s"], c["editor_tries"]) if hosts.is_writer() else None
 
     def use(groups: list[Group]) -> dict[str, Any]:
         counts, lines = collections.Counter(), []

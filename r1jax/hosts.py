@@ -2,7 +2,7 @@
 
 One process drives one host of a pod (jax.distributed, one program on many hosts). What several hosts must decide alike,
 such as stopping, goes through `gather`, `sum_across`, `any_across` or `agree`; all hosts have to call these in the same
-order. With a single process they are the identity.
+order. With a single process they are the identity. Inside `together` no host outlives another (watch.py).
 """
 
 import contextlib
@@ -15,15 +15,25 @@ import pathlib
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+from r1jax import watch
+
 Thing = TypeVar("Thing")
+
+# How long to wait for hosts that start later, and for one that no longer answers: jax ends all of them then.
+START_S, HEARTBEAT_S = 600, 40
+# Of a host that ends because another one failed: run the same command again (EX_TEMPFAIL of sysexits.h).
+TRY_AGAIN = 75
 
 
 def initialize(cpu_devices: int = 1) -> None:
@@ -44,12 +54,14 @@ def initialize(cpu_devices: int = 1) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+    waits = {"initialization_timeout": START_S, "heartbeat_timeout_seconds": HEARTBEAT_S}
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
+        numbers = {"num_processes": _number("JAX_NUM_PROCESSES"), "process_id": _number("JAX_PROCESS_ID")}
+        jax.distributed.initialize(**numbers, **waits)
     elif _has_tpu_chips():
         # A lone TPU host (Colab) is no cluster that jax knows, and needs none.
         with contextlib.suppress(ValueError):
-            jax.distributed.initialize()
+            jax.distributed.initialize(**waits)
 
 
 def _number(variable: str) -> int | None:
@@ -63,6 +75,61 @@ def _has_tpu_chips() -> bool:
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
     return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+@contextlib.contextmanager
+def together(facts: watch.Facts, said: tuple[type[Exception], ...], stopped: type[Exception]) -> Iterator[None]:
+    """Inside, all hosts run or none: when one fails or dies, all others say which and why, and exit.
+
+    A host's own failure is reported before anything else of it unwinds on other hosts; its process exits as well,
+    because jax would wait for the others at its end. Nothing here touches a device.
+
+    Args:
+        facts: what has to be alike on all hosts; anything that JSON carries.
+        said: errors that are told in one line, without a traceback.
+        stopped: what all hosts raise together when they were asked to end.
+
+    Raises:
+        ValueError: the hosts disagree on the facts, or one did not come.
+    """
+    state = distributed.global_state
+    if not jax.distributed.is_initialized() or state.num_processes == 1:
+        yield
+        return
+    if state.process_id == 0:
+        state.client.key_value_set("r1jax/watch", str(watch.listen(state.num_processes, START_S)))
+    port = int(state.client.blocking_key_value_get("r1jax/watch", START_S * 1000))
+    host = state.coordinator_address.rsplit(":", 1)[0].strip("[]")
+    name = watch.name(state.process_id, state.num_processes)
+    try:
+        line = watch.join((host, port), state.process_id, name, facts, _leave)
+    except (ValueError, OSError) as error:
+        _leave(str(error) if isinstance(error, ValueError) else f"host 0 does not answer at {host}:{port}: {error}", 1)
+    try:
+        yield
+    except stopped:
+        line.done()
+        raise
+    except BaseException as error:
+        brief = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        line.fail(brief)
+        if isinstance(error, said):
+            print(f"r1jax: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        _leave(None, code=1)
+    line.done()
+
+
+def _leave(cause: str | None, code: int = TRY_AGAIN) -> None:
+    """Ends this process at once, without jax's own good-bye, which waits for hosts that are no longer there."""
+    if cause is not None:
+        os.write(2, f"r1jax: {cause}; this host ends as well\n".encode())
+    threading.Timer(5.0, os._exit, (code,)).start()  # should another thread be stuck in a print
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def index() -> int:
@@ -86,20 +153,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def my_share(n: int, key: str) -> slice:
-    """The slice of `n` whole things (prompts, never members of a group) that is this host's; the shares are equal.
-
-    Raises:
-        ValueError: `n` does not divide by the number of hosts; `key` is the config key that sets it.
-    """
-    if n % count():
-        raise ValueError(f"{key} = {n} cannot be shared equally by {count()} hosts; wanted a multiple of {count()}")
-    size = n // count()
-    return slice(index() * size, (index() + 1) * size)
-
-
 def my_part(things: Sequence[Thing]) -> Sequence[Thing]:
-    """This host's part of work that any host could do: every `count()`-th thing, so that no part is much larger."""
+    """This host's part of work that any host could do: every `count()`-th thing, so that no part is much larger.
+
+    Of prompts, not of their completions: no group is split.
+    """
     return things[index() :: count()]
 
 
@@ -142,11 +200,16 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Global arrays from each host's numpy rows: along the axes that `shardings` spreads over hosts, every host passes
-    its own part (what `my_share` gave it), along all other axes everything. `shardings` is one sharding or a tree."""
+    """Global arrays from numpy arrays that are whole and alike on every host; each host copies what its own devices
+    hold to them. `shardings` is one sharding or a tree."""
+
+    def one(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
     if isinstance(shardings, jax.sharding.Sharding):
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(shardings, np.asarray(x)), tree)
-    return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), tree, shardings)
+        return jax.tree.map(lambda x: one(x, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
 
 
 @dataclasses.dataclass
@@ -154,6 +217,15 @@ class Stop:
     """Whether somebody asked this process to end; the loop reads it between two steps, by `any_across`."""
 
     requested: bool = False
+    _looks: int = 0
+
+    def is_agreed(self, every: int = 32) -> bool:
+        """Whether to end now, alike on all hosts, which have to call it equally often; they ask round at each
+        `every`-th call. A single process knows at once."""
+        self._looks += 1
+        if count() == 1:
+            return self.requested
+        return self._looks % every == 0 and any_across(self.requested)
 
 
 def on_sigterm() -> Stop:

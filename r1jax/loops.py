@@ -247,6 +247,7 @@ def rl_loop(
     except Interrupted as stopped:
         # While sampling, the state is still that of the rollout's beginning.
         save()
+        saved.wait()
         raise Stopped from stopped
     finally:
         progress.close()

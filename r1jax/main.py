@@ -5,9 +5,12 @@ The same command again goes on where the run folder stands.
 """
 
 import difflib
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
+import platform
 import re
 import sys
 from collections.abc import Iterable
@@ -100,16 +103,33 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def facts(config: ConfigDict, workdir: str) -> dict[str, object]:
+    """What all hosts of a run must have alike: every key, the folder, the versions, the code file by file."""
+    package = pathlib.Path(__file__).parent
+    out = {f"config.{key}": value for key, value in keys(config).items() if not isinstance(value, ConfigDict)}
+    out |= {"--workdir": str(workdir), "version of python": platform.python_version()}
+    out |= {f"version of {name}": importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    for path in sorted(package.rglob("*.py")):
+        out[f"code of r1jax/{path.relative_to(package)}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return json.loads(json.dumps(out, default=str))
+
+
+# What a user can do something about: told in one line.
+SAID = (ValueError, OSError, FloatingPointError)
+
+
 def main(argv: list[str]) -> None:
     """Runs the stages of the config."""
     from r1jax import hosts, pipeline, run  # after the flags: a mistake in them should not wait for jax
 
     try:
         hosts.initialize(_CONFIG.value.cpu_devices)
-        pipeline.execute(_CONFIG.value, _WORKDIR.value)
+        with hosts.together(facts(_CONFIG.value, _WORKDIR.value), SAID, run.Stopped):
+            pipeline.execute(_CONFIG.value, _WORKDIR.value)
     except run.Stopped:
         hosts.say("stopped on request; everything is saved: the same command goes on")
-    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(hosts.TRY_AGAIN)
+    except SAID as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"r1jax: {error}")
 

@@ -1,7 +1,7 @@
 """What a run tells: metrics under standard names, rollouts, the summary, and the progress on the screen.
 
-All files belong to the run folder. Of several hosts only the writer writes, except for rollouts, of which every host
-writes its own prompts'. The names follow TRL's and verl's custom of `topic/quantity`.
+All files belong to the run folder. Of several hosts only the writer writes, so that a folder does not show how many
+there were. The names follow TRL's and verl's custom of `topic/quantity`.
 """
 
 import contextlib
@@ -173,9 +173,9 @@ def write_rollout(workdir: str | os.PathLike[str], stage: str, rollout: int, row
 
     A row holds at least stage, step, rollout, prompt_id, member, prompt, completion and reward; see `run_folder`.
     """
-    host = f"-host{hosts.index():05d}" if hosts.count() > 1 else ""
-    path = pathlib.Path(workdir) / "rollouts" / f"{stage}-{rollout:06d}{host}.jsonl"
-    hosts.atomic_write(path, "".join(to_json(row) + "\n" for row in rows))
+    if hosts.is_writer():
+        path = pathlib.Path(workdir) / "rollouts" / f"{stage}-{rollout:06d}.jsonl"
+        hosts.atomic_write(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 class Summary:
@@ -194,7 +194,8 @@ class Summary:
         self.path = pathlib.Path(workdir) / "summary.json"
         self._started_s = started_s
         self._wall_s, self._peak_rss_gb, self.evals = 0.0, 0.0, []
-        if self.path.exists():
+        # What hosts saw differently, they would do differently.
+        if hosts.agree(self.path.exists()):
             try:
                 before = json.loads(self.path.read_bytes())
                 self._wall_s, self._peak_rss_gb = float(before["wall_s"]), float(before["peak_rss_gb"])

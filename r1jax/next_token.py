@@ -116,6 +116,7 @@ def run_steps(
             if saved.due(step) or step == schedule.steps or stopping:
                 saved.save(step, state, {})
             if stopping:
+                saved.wait()
                 raise Stopped
     return state["policy"]
 

@@ -108,7 +108,7 @@ def collect(
     """
     prompts = encode_prompts(examples, template, tokenizer, max_prompt_tokens)
     requests = [Request(first_prompt + i, m, ids) for i, (_, ids) in enumerate(prompts) for m in range(group_size)]
-    mine = range(*hosts.my_share(len(examples), "the number of prompts").indices(len(examples)))
+    mine = frozenset(hosts.my_part(range(len(examples))))
     find_stop = stop_text_finder(tokenizer, stop_texts)
     completions: dict[int, tuple[Completion, str]] = {}
     graded: dict[int, Graded] = {}

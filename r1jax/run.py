@@ -42,8 +42,8 @@ class Run:
     policy_of: Callable[[str], "Policy"] | None = None
 
     def is_interrupted(self) -> bool:
-        """Whether to leave off at once; several hosts stop together instead, at the end of a step."""
-        return self.stop.requested and hosts.count() == 1
+        """Whether to leave off while sampling; several hosts have to ask equally often."""
+        return self.stop.is_agreed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callab
 
 
 def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
-    """Host arrays [M, B, T, ...] onto the mesh."""
+    """Host arrays [M, B, T, ...] onto the mesh: to each host its devices' rows."""
     lies = {name: layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
     return hosts.put(batch, lies)
 

@@ -29,21 +29,31 @@ def test_one_process_is_the_identity():
     assert hosts.sum_across(2**40) == 2**40
     assert hosts.agree([1, "x"]) == [1, "x"]
     assert hosts.any_across(True) and not hosts.any_across(False)
-    assert hosts.my_share(32, "config.rollout.prompts") == slice(0, 32)
     assert hosts.my_part("abc") == "abc"
+    stop = hosts.Stop()
+    assert not stop.is_agreed()
+    stop.requested = True
+    assert stop.is_agreed()
+    with pytest.raises(KeyError), hosts.together({"x": 1}, (ValueError,), InterruptedError):
+        raise KeyError  # of nobody's business but its own
 
 
-def test_shares_are_whole_disjoint_and_cover(monkeypatch):
+def test_parts_are_disjoint_and_cover(monkeypatch):
     monkeypatch.setattr(hosts, "count", lambda: 4)
-    rows, parts = [], []
+    parts = []
     for i in range(4):
         monkeypatch.setattr(hosts, "index", lambda i=i: i)
-        rows += range(12)[hosts.my_share(12, "config.rollout.prompts")]
         parts += hosts.my_part(range(10))
-    assert rows == list(range(12))
     assert sorted(parts) == list(range(10))
-    with pytest.raises(ValueError, match=r"config\.rollout\.prompts = 10 .* 4 hosts; wanted a multiple of 4"):
-        hosts.my_share(10, "config.rollout.prompts")
+
+
+def test_several_hosts_ask_round_now_and_then(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "any_across", lambda flag: asked.append(flag) or True)  # the other host was asked to end
+    stop = hosts.Stop()
+    assert [stop.is_agreed(3) for _ in range(6)] == [False, False, True] * 2
+    assert asked == [False, False]
 
 
 def test_fetch_outlives_donation_and_put_is_its_inverse():
@@ -138,8 +148,9 @@ def one_of_two(index: int, port: int, folder: str) -> None:
     rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spread, everywhere = NamedSharding(mesh, PartitionSpec("data", "tensor")), NamedSharding(mesh, PartitionSpec())
-    mine = hosts.put(rows[hosts.my_share(4, "config.rollout.prompts")], NamedSharding(mesh, PartitionSpec("data")))
-    assert mine.shape == (4, 2) and np.array_equal(hosts.fetch(mine), rows)
+    mine = hosts.put(rows, NamedSharding(mesh, PartitionSpec("data")))
+    assert mine.shape == (4, 2) and {shard.data.shape for shard in mine.addressable_shards} == {(2, 2)}
+    assert np.array_equal(hosts.fetch(mine), rows)
     assert np.array_equal(hosts.fetch(hosts.put(rows, everywhere)), rows)
     state = {"w": jax.jit(lambda x: x, out_shardings=spread)(mine), "step": hosts.put(np.int32(3), everywhere)}
 

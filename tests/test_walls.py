@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Imports point down this list only. A package is one entry; its files may import one another, except stages.
 ORDER = [
+    "ablate",
     "main",
     "export",
     "pipeline",
@@ -59,6 +60,7 @@ ORDER = [
     "model",
     "sharding",
     "hosts",
+    "watch",
     "folders",
     "types",
 ]
@@ -74,6 +76,7 @@ JAX_FREE = [
     "fast_tokenizer",
     "text",
     "chat",
+    "watch",
     "folders",
     "types",
 ]

@@ -43,6 +43,9 @@ POLICY = run.model_config(
 )
 # A random policy solves nothing, so the reward is one that its completions differ in.
 REWARDS = """
+import time
+
+
 def variety(prompt, completion, example, **context):
     return len(set(completion)) % 4 / 4
 
@@ -53,6 +56,12 @@ def broken(prompt, completion, example, **context):
 
 def undefined(prompt, completion, example, **context):
     return float("nan")
+
+
+def patient(prompt, completion, example, **context):
+    if completion == "STALL":
+        time.sleep(600)
+    return 1.0
 """
 SETTINGS = {
     "rl.updates": 6,
@@ -157,7 +166,7 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     """Everything that a run leaves and that has to be alike, bit for bit, in one that was cut short and went on."""
     return {
-        "policy": (workdir / "model" / "model.safetensors").read_bytes(),
+        "policy": (workdir / "models" / STAGE / "model.safetensors").read_bytes(),
         "metrics": metrics(workdir),
         "rollouts": {path.name: path.read_bytes() for path in sorted((workdir / "rollouts").iterdir())},
         "evals": json.loads((workdir / "summary.json").read_text())["evals"],

@@ -25,7 +25,7 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[st
     """
     c = config.preference
     path = run.workdir / "data" / f"{run.stage}-{split}.json"
-    if path.exists():
+    if hosts.agree(path.exists()):
         return json.loads(path.read_text("utf-8"))["data"]
     judge = preference.open_judge(c.judge, config.curate.editor_timeout_s, config.curate.editor_tries)
     own = config.copy_and_resolve_references()
