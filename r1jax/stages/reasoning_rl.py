@@ -17,6 +17,7 @@ from r1jax.run import (
     open_checkpoints,
     open_pool,
     open_source,
+    paths,
 )
 from r1jax.types import Example, Params
 
@@ -43,6 +44,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
+        paths=paths(config),
         temperature=settings.temperature,
         router_bias_rate=config.optim.router_bias_rate,
         lora=policy.lora,
