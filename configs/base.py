@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
                 "cache_bucket": 64,  # tokens; the smallest cache length
                 "prefill_prompts": 32,  # prompts read at once
                 "refill_share": 0.125,  # share of free slots at which they are filled again
-                "attention": "auto",  # over the cache: plain, kernel (TPU, latent attention); auto: what fits the device
+                "attention": "auto",  # over the cache: plain, kernel (TPU, latent attention); auto: as the device has
             },
             "rl": {
                 "updates": 10_400,  # reported

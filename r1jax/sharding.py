@@ -30,8 +30,9 @@ TRAIN: Rules = {
     "vocab": ("tensor",),
 }
 
-# Decoding: every step reads every weight, so none is gathered over fsdp; slots lie as rows do in training.
-DECODE: Rules = {**TRAIN, "tokens": (), "width": ()}
+# Decoding: every step reads every weight, so none is gathered over fsdp. Slots lie as rows do in training, and over
+# context as well, since a step has but one token of each.
+DECODE: Rules = {**TRAIN, "rows": ("data", "fsdp", "expert", "context"), "tokens": (), "width": ()}
 
 PHASES = {"train": TRAIN, "decode": DECODE}
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from r1jax import sharding
 from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
 from r1jax.model import mla, transformer
-from r1jax.model.config import ModelConfig, Paths
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.layers import pad_last
 from r1jax.types import Params
 
@@ -109,14 +109,14 @@ class Verbs:
         layout: sharding.Layout,
         stop_ids: Sequence[int],
         cache_dtype: DTypeLike = jnp.float32,
-        paths: Paths = Paths(),
+        paths: Paths = DEFAULT_PATHS,
     ) -> None:
         rows = layout.size("rows")
         for key in ("slots", "prefill_prompts"):
             if getattr(config, key) % rows:
                 raise ValueError(
                     f"config.sampler.{key} ({getattr(config, key)}) must be a multiple of the {rows} devices of "
-                    "config.mesh.data x fsdp x expert"
+                    "config.mesh.data x fsdp x expert x context"
                 )
         self.model, self.config, self.drawing, self.layout = model, config, drawing, layout
         self.cache_dtype, self.paths = cache_dtype, paths

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from r1jax import grpo, optim, sharding
 from r1jax.model import transformer
-from r1jax.model.config import ModelConfig, Paths
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.lora import Lora, merge
 from r1jax.types import Params
 
@@ -38,7 +38,7 @@ class Program:
     temperature: float = 1.0
     router_bias_rate: float = 0.0
     mtp_weight: float = 0.0
-    paths: Paths = Paths()
+    paths: Paths = DEFAULT_PATHS
     lora: Lora | None = None  # then what is trained are adapters of frozen weights
 
 

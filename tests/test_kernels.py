@@ -71,8 +71,10 @@ def test_long_rows_in_kernels_are_long_rows_in_blocks(g: int) -> None:
         return y, pull(out)
 
     blocks = jit(lambda *of: both(blockwise.attend, *of))(q, k, v, reading)
+
     def run(*of):
         return flash.attend(*of, blocks=(16, 24), interpret=True)
+
     kernels = jit(lambda *of: both(run, *of))(q, k, v, reading)
     jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4), kernels, blocks)
 

@@ -116,8 +116,10 @@ def _forward(q: Array, k: Array, v: Array, reading: Reading, scale: float, block
 
         shape = mine.shape[:-1]
         start = jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
-        def step(j, carry):
+
+        def step(j: Array, carry: tuple) -> tuple:
             return jax.lax.cond(meet[i, j], lambda c: of_keys(j, c), lambda c: c, carry)
+
         top, total, acc = jax.lax.fori_loop(0, meet.shape[1], step, start)
         total = jnp.where(total == 0, 1, total)  # of padding, which may read nothing
         return (acc / total[..., None]).astype(v.dtype), top + jnp.log(total)
@@ -151,8 +153,9 @@ def _backward(scale: float, block: int, saved: tuple, grad: Array) -> tuple[Arra
             dk = add(dk, "bkgqs,bkgqh->bksh", d_scores, mine)
             return dq, dk, add(dv, "bkgqs,bkgqw->bksw", weights.astype(v.dtype), grads)
 
-        def step(j, carry):
+        def step(j: Array, carry: tuple) -> tuple:
             return jax.lax.cond(meet[i, j], lambda c: of_keys(j, c), lambda c: c, carry)
+
         dq, dk, dv = jax.lax.fori_loop(0, meet.shape[1], step, (jnp.zeros(mine.shape), *total))
         return (dk, dv), dq.astype(q.dtype)
 

@@ -46,6 +46,9 @@ class Paths:
             raise ValueError(f"config.model.expert_slack is {self.expert_slack}, wanted above 0")
 
 
+DEFAULT_PATHS = Paths()
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes the mathematics; nothing about devices, batches or training."""

@@ -49,9 +49,11 @@ def gather_sum(rows: Float[Array, "r D"], source: Int[Array, "r"], target: Int[A
     """Of each token the sum of its copies: the transpose of `spread`."""
     del source
     start = jnp.zeros((target.shape[0], rows.shape[1]), rows.dtype)
+
     # One copy after the other: all at once they would be K times the tokens.
-    def add(total, at):
+    def add(total: Array, at: Array) -> tuple[Array, None]:
         return (total + jnp.where((at >= 0)[:, None], rows[at], 0), None)
+
     return jax.lax.scan(add, start, target.T)[0]
 
 

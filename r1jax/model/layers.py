@@ -155,12 +155,11 @@ WHOLE_TOKENS = 2048
 
 
 def attention_mask(segments: Int[Array, "B T"], parents: Int[Array, "B T"], path: str = "auto") -> Mask:
-    """Who may read whom, for a value of Paths.attention; "auto" takes the kernel on TPU, blocks for long or split rows."""
+    """Who may read whom; `path` is a Paths.attention: auto takes the kernel on TPU, else blocks for long, split rows."""
     layout, tokens = current(), segments.shape[1]
     if path == "auto":
         is_split = layout is not None and layout.size("tokens") > 1
-        long = "kernel" if platform() == "tpu" else "blocks"
-        path = long if is_split or tokens > WHOLE_TOKENS or long == "kernel" else "whole"
+        path = "kernel" if platform() == "tpu" else "blocks" if is_split or tokens > WHOLE_TOKENS else "whole"
     if path != "whole":
         return Mask(segments, parents, path, None)
     causal = jnp.tril(jnp.ones((tokens,) * 2, bool))

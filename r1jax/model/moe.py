@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax import sharding
-from r1jax.model.config import ModelConfig, Paths
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.exchange import experts_apart
 from r1jax.model.experts import experts_local
 from r1jax.model.layers import Mlp, mlp, weight, zeros
@@ -88,7 +88,7 @@ def moe(
     config: ModelConfig,
     x: Float[Array, "B T D"],
     replay: Int[Array, "B T K"] | None = None,
-    paths: Paths = Paths(),
+    paths: Paths = DEFAULT_PATHS,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
     """Routed experts plus shared ones; also the experts chosen."""
     layout = sharding.current()

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model import gqa, mla
-from r1jax.model.config import ModelConfig, Paths
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.layers import Mask, Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
 from r1jax.model.moe import Moe, expert_load, moe
 from r1jax.sharding import constrain
@@ -164,7 +164,7 @@ def hidden(
     keep: tuple[str, ...] = ("load",),
     remat: str = "none",
     unroll: int = 1,
-    paths: Paths = Paths(),
+    paths: Paths = DEFAULT_PATHS,
 ) -> Hidden:
     """A pass over packed rows.
 
@@ -247,7 +247,7 @@ def next_token_hidden(
     following: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-    paths: Paths = Paths(),
+    paths: Paths = DEFAULT_PATHS,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
     """Hidden states that predict the token after `following` (DeepSeek-V3, equations 21 to 23), and expert loads."""
     p, eps = params["mtp"], config.rms_norm_eps
@@ -266,7 +266,7 @@ def decode_step(
     positions: Int[Array, "B"],
     live: Bool[Array, "B"] | None = None,
     path: str = "plain",
-    paths: Paths = Paths(),
+    paths: Paths = DEFAULT_PATHS,
 ) -> tuple[Float[Array, "B D"], dict, Int[Array, "L B K"] | None]:
     """One token per slot: hidden states after the final norm, the cache with these tokens in it, the experts chosen.
 

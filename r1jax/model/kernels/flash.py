@@ -58,7 +58,9 @@ def _pairs(meet: Bool[Array, "B nq nk"], by_keys: bool) -> tuple[Array, Array, A
 class _Step:
     """Where a step of the grid (row, head, pair) stands."""
 
-    def __init__(self, row: Array, pair: Array, of_queries: jax.Ref, of_keys: jax.Ref, counts: jax.Ref, own: int) -> None:
+    def __init__(
+        self, row: Array, pair: Array, of_queries: jax.Ref, of_keys: jax.Ref, counts: jax.Ref, own: int
+    ) -> None:
         width = of_queries.shape[0] // counts.shape[0]
         at = row * width + 1 + jnp.minimum(pair, counts[row] - 1)
         self.queries, self.keys = of_queries[at], of_keys[at]
