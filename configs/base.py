@@ -20,6 +20,9 @@ def get_config() -> ConfigDict:
                 "cache_dtype": "float32",  # of the sampler's cache
                 "remat": "none",  # what the backward pass computes again: none, dots, full
                 "scan_unroll": 1,  # layers per step of the scan over layers
+                "attention": "auto",  # over rows: whole, blocks, kernel (TPU); auto: what row and device call for
+                "expert_exchange": "gather",  # tokens to experts on other devices: gather, all_to_all
+                "expert_slack": 1.5,  # room for what comes from there at once, in multiples of the mean
             },
             "cpu_devices": 1,  # as how many devices the CPU of each host counts; accelerators are not concerned
             # Low-rank adapters (arXiv 2106.09685): only they are trained, the model at model.path stays as it is.
@@ -63,6 +66,7 @@ def get_config() -> ConfigDict:
                 "cache_bucket": 64,  # tokens; the smallest cache length
                 "prefill_prompts": 32,  # prompts read at once
                 "refill_share": 0.125,  # share of free slots at which they are filled again
+                "attention": "auto",  # over the cache: plain, kernel (TPU, latent attention); auto: as the device has
             },
             "rl": {
                 "updates": 10_400,  # reported

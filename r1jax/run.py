@@ -15,7 +15,7 @@ from r1jax import checkpoint, data, hosts, metrics, optim, sharding, sources, up
 from r1jax.draw import DrawConfig
 from r1jax.folders import Folder
 from r1jax.model import convert, lora, transformer
-from r1jax.model.config import ModelConfig, Rope
+from r1jax.model.config import ModelConfig, Paths, Rope
 from r1jax.model.lora import Lora
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.table import check_examples
@@ -151,10 +151,15 @@ def open_pool(config: Config) -> RewardPool:
     return RewardPool(dict(config["rewards"]), **limits, paths=paths, sandbox_accepts=accepted)
 
 
+def paths(config: Config) -> Paths:
+    """How config.model has the model computed."""
+    return Paths(**{f.name: config["model"][f.name] for f in dataclasses.fields(Paths)})
+
+
 def make_verbs(config: Config, policy: Policy, layout: sharding.Layout, drawing: DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
     settings, dtype = SamplerConfig(**config["sampler"]), config["model"]["cache_dtype"]
-    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), dtype)
+    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), dtype, paths(config))
 
 
 def check_lengths(policy: Policy, prompt: int, completion: int, row: int = 0) -> None:

@@ -31,8 +31,9 @@ TRAIN: Rules = {
     "vocab": ("tensor",),
 }
 
-# Decoding: every step reads every weight, so none is gathered over fsdp; slots lie as rows do in training.
-DECODE: Rules = {**TRAIN, "tokens": (), "width": ()}
+# Decoding: every step reads every weight, so none is gathered over fsdp. Slots lie as rows do in training, and over
+# context as well, since a step has but one token of each.
+DECODE: Rules = {**TRAIN, "rows": ("data", "fsdp", "expert", "context"), "tokens": (), "width": ()}
 
 PHASES = {"train": TRAIN, "decode": DECODE}
 
@@ -56,6 +57,11 @@ class Layout:
     def size(self, axis: str) -> int:
         """Over how many devices a logical axis is spread."""
         return int(np.prod([self.mesh.shape[a] for a in self.rules.get(axis, ())], dtype=int))
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: tpu, gpu, cpu."""
+        return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The mesh axes of more than one device behind a logical axis."""
@@ -141,6 +147,18 @@ def current() -> Layout | None:
     """The layout in force, or None on a single device."""
     layout = _current.get()
     return layout if layout is not None and layout.mesh.size > 1 else None
+
+
+def platform() -> str:
+    """What the computation is traced for: the mesh in force decides, else what jax finds."""
+    layout = _current.get()
+    return jax.default_backend() if layout is None else layout.platform
+
+
+def device_kind() -> str:
+    """Of what is computed for, in the maker's words: "TPU v5 lite" is a v5e, "TPU v5" a v5p."""
+    layout = _current.get()
+    return (jax.devices() if layout is None else layout.mesh.devices.flat)[0].device_kind
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -5,6 +5,7 @@ A slot holds one completion. `generate` comes back early when enough slots are f
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from r1jax import sharding
 from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
-from r1jax.model import transformer
-from r1jax.model.config import ModelConfig
+from r1jax.model import mla, transformer
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
+from r1jax.model.layers import pad_last
 from r1jax.types import Params
 
 
@@ -27,11 +29,14 @@ class SamplerConfig:
     cache_bucket: int = 64  # the smallest cache length; the next ones are each half as long again
     prefill_prompts: int = 32  # prompts computed at once
     refill_share: float = 0.125  # share of free slots at which generate comes back to be refilled
+    attention: str = "auto"  # how the cache is read: plain, kernel (TPU; latent attention), auto: what the device has
 
     def __post_init__(self) -> None:
         for key in ("slots", "tokens_per_dispatch", "cache_bucket", "prefill_prompts"):
             if getattr(self, key) < 1:
                 raise ValueError(f"config.sampler.{key} is {getattr(self, key)}, wanted 1 or more")
+        if self.attention not in ("auto", *mla.READ):
+            raise ValueError(f"config.sampler.attention is {self.attention!r}, wanted auto, {', '.join(mla.READ)}")
         if not 0 < self.refill_share <= 1:
             raise ValueError(f"config.sampler.refill_share is {self.refill_share}, wanted above 0 and at most 1")
 
@@ -72,6 +77,27 @@ class Drawn:
     experts: Array | None
 
 
+def _reading(model: ModelConfig, config: SamplerConfig, layout: sharding.Layout) -> tuple[str, int]:
+    """How the cache is read, and of how many values its width is a multiple."""
+    path = config.attention
+    if path == "auto":
+        path = "kernel" if model.attention == "mla" and layout.platform == "tpu" else "plain"
+    if path == "plain":
+        return path, 1
+    if model.attention != "mla":
+        raise ValueError(
+            "config.sampler.attention is 'kernel', which reads latent caches, but this policy's attention is "
+            f"{model.attention!r}: take 'auto' or 'plain'"
+        )
+    from r1jax.model.kernels.mla_decode import LANES
+
+    return path, LANES
+
+
+def _whole_lanes(a: Float[Array, "*n d"], lanes: int) -> Float[Array, "*n w"]:
+    return pad_last(a, -(-a.shape[-1] // lanes) * lanes)
+
+
 class Verbs:
     """The jitted functions for one policy architecture and one way of drawing."""
 
@@ -83,16 +109,19 @@ class Verbs:
         layout: sharding.Layout,
         stop_ids: Sequence[int],
         cache_dtype: DTypeLike = jnp.float32,
+        paths: Paths = DEFAULT_PATHS,
     ) -> None:
         rows = layout.size("rows")
         for key in ("slots", "prefill_prompts"):
             if getattr(config, key) % rows:
                 raise ValueError(
                     f"config.sampler.{key} ({getattr(config, key)}) must be a multiple of the {rows} devices of "
-                    "config.mesh.data x fsdp x expert"
+                    "config.mesh.data x fsdp x expert x context"
                 )
         self.model, self.config, self.drawing, self.layout = model, config, drawing, layout
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self.paths = cache_dtype, paths
+        self.path, lanes = _reading(model, config, layout)
+        self._width = partial(_whole_lanes, lanes=lanes)
         self.stop_ids = frozenset(stop_ids)
         self._stop_ids = jnp.asarray(sorted(stop_ids), jnp.int32)
         self.length_axis = transformer.ATTENTION[model.attention].LENGTH_AXIS
@@ -124,7 +153,9 @@ class Verbs:
         with sharding.use(self.layout):
             return self._lay(
                 Slots(
-                    cache=transformer.empty_cache(self.model, slots, length, self.cache_dtype),
+                    cache=jax.tree.map(
+                        self._width, transformer.empty_cache(self.model, slots, length, self.cache_dtype)
+                    ),
                     token=zeros(),
                     position=zeros(),
                     drawn=zeros(),
@@ -138,9 +169,11 @@ class Verbs:
         """Reads prompts, padded on the right."""
         with sharding.use(self.layout):
             segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-            out = transformer.hidden(params, self.model, tokens, segments=segments, keep=("cache", "experts"))
+            out = transformer.hidden(
+                params, self.model, tokens, segments=segments, keep=("cache", "experts"), paths=self.paths
+            )
             last = jnp.take_along_axis(out.x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-            cache = jax.tree.map(lambda a: a.astype(self.cache_dtype), out.cache)
+            cache = jax.tree.map(lambda a: self._width(a.astype(self.cache_dtype)), out.cache)
             return Prefix(cache, transformer.logits(params, last), lengths, out.experts)
 
     def _insert(
@@ -197,9 +230,11 @@ class Verbs:
 
             def body(carry: tuple) -> tuple:
                 step, s, out = carry
-                x, cache, experts = transformer.decode_step(params, self.model, s.token, s.cache, s.position)
-                token, logp = draw(transformer.logits(params, x), uniforms(s.keys, s.drawn), self.drawing)
                 live = ~s.is_free
+                x, cache, experts = transformer.decode_step(
+                    params, self.model, s.token, s.cache, s.position, live, self.path, self.paths
+                )
+                token, logp = draw(transformer.logits(params, x), uniforms(s.keys, s.drawn), self.drawing)
                 out = Drawn(
                     tokens=out.tokens.at[step].set(token),
                     logp=out.logp.at[step].set(logp),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from r1jax import next_token, optim, updates
 from r1jax.packing import Rows, pack_documents
-from r1jax.run import Policy, Run, export, open_checkpoints
+from r1jax.run import Policy, Run, export, open_checkpoints, paths
 
 STAGE = "pretrain"
 
@@ -47,6 +47,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
+        paths=paths(config),
         router_bias_rate=config.optim.router_bias_rate,
         mtp_weight=c.mtp_weight,
     )

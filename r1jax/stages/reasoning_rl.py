@@ -20,6 +20,7 @@ from r1jax.run import (
     open_checkpoints,
     open_pool,
     open_source,
+    paths,
 )
 from r1jax.slots import Verbs
 from r1jax.types import Example, Params
@@ -65,6 +66,7 @@ def programs(config: ConfigDict, policy: Policy, layouts: dict[str, sharding.Lay
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
+        paths=paths(config),
         temperature=settings.temperature,
         router_bias_rate=config.optim.router_bias_rate,
         lora=policy.lora,

@@ -9,7 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from r1jax import conversations, hosts, next_token, optim, updates
-from r1jax.run import Policy, Run, export, open_checkpoints
+from r1jax.run import Policy, Run, export, open_checkpoints, paths
 
 STAGE = "sft"
 
@@ -36,6 +36,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
+        paths=paths(config),
         router_bias_rate=config.optim.router_bias_rate,
         lora=policy.lora,
     )
