@@ -174,9 +174,9 @@ def _rollout(
     prompt_length = -(-config.data.max_prompt_tokens // 16) * 16
     lengths = buckets(max(sizes.cache_bucket, prompt_length + 16), settings.longest + config.data.max_prompt_tokens)
     is_waiting = completions > n_slots
-    # With a slot for each completion the cache grows with the longest one; else some slot is always near the end.
+    filled = lengths[-1] if is_waiting else lengths[0]  # the cache when prompts come in
+    # No rollout ends before its longest completion. Every step is priced with full caches, which they are in the end.
     steps = max(float(settings.longest), completions * load.completion_tokens / n_slots)
-    mean_length = lengths[-1] if is_waiting else _mean_bucket(lengths, prompt_length, settings.longest)
 
     def like(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
@@ -184,7 +184,7 @@ def _rollout(
     to_decode = made.to_decode
     weights = _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout))
     prompt, length = like((n_rows, prompt_length), jnp.int32), like((n_rows,), jnp.int32)
-    columns = [like((n_slots,), jnp.int32)] * 5
+    columns = [like((n_slots,), jnp.int32)] * 4
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = like(key.shape, key.dtype)
     scalar = like((), jnp.int32)
@@ -192,19 +192,6 @@ def _rollout(
 
     def prefix(done: Compiled) -> Tree:
         return _put(jax.eval_shape(verbs.prefill, weights, prompt, length), done["prefill"].output_shardings)
-
-    def generate(name: str, at: int, share: float) -> Program:
-        cached = min(at, mean_length)
-        return Program(
-            name,
-            lambda done: verbs.generate.lower(weights, slots[at], like((n_slots,), bool), scalar, scalar),
-            calls=share * steps / sizes.tokens_per_dispatch,
-            trips=sizes.tokens_per_dispatch,
-            flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, cached / 2),
-            tokens=n_slots * sizes.tokens_per_dispatch,
-            takes={"weights": weights, "cache": slots[at]},
-            beside=always,
-        )
 
     programs = [
         Program(
@@ -226,18 +213,16 @@ def _rollout(
             flops=flops.forward(model, n_rows * prompt_length, prompt_length / 2),
             tokens=n_rows * prompt_length,
             takes={"weights": weights},
-            beside={**always, "cache": slots[lengths[-1] if is_waiting else lengths[0]]},
+            beside={**always, "cache": slots[filled]},
         ),
         Program(
             "insert",
-            lambda done: verbs.insert.lower(
-                slots[lengths[-1] if is_waiting else lengths[0]], prefix(done), *columns, key
-            ),
+            lambda done: verbs.insert.lower(slots[filled], prefix(done), *columns, key),
             calls=max(prompts / n_rows, completions / (n_slots * sizes.refill_share) if is_waiting else 0),
             trips=1,
             flops=0.0,
             tokens=0,
-            takes={"cache": slots[lengths[-1] if is_waiting else lengths[0]]},
+            takes={"cache": slots[filled]},
             beside={**always, "weights": weights},
         ),
     ]
@@ -245,7 +230,7 @@ def _rollout(
         programs.append(
             Program(
                 "resize",
-                lambda done: verbs.resize.lower(slots[lengths[-2]], like((n_slots,), jnp.int32), lengths[-1]),
+                lambda done: verbs.resize.lower(slots[lengths[-2]], None, lengths[-1]),
                 calls=len(lengths) - 1,
                 trips=1,
                 flops=0.0,
@@ -255,13 +240,19 @@ def _rollout(
                 gives={"cache": slots[lengths[-1]]},
             )
         )
-    return [*programs, generate("generate", lengths[-1], 1.0)]
-
-
-def _mean_bucket(lengths: list[int], prompt: int, limit: int) -> float:
-    """The mean cache length over the positions of the longest completion."""
-    at = np.arange(prompt, prompt + limit)
-    return float(np.asarray(lengths)[np.minimum(np.searchsorted(lengths, at), len(lengths) - 1)].mean())
+    programs.append(
+        Program(
+            "generate",
+            lambda done: verbs.generate.lower(weights, slots[lengths[-1]], like((n_slots,), bool), scalar, scalar),
+            calls=steps / sizes.tokens_per_dispatch,
+            trips=sizes.tokens_per_dispatch,
+            flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, lengths[-1]),
+            tokens=n_slots * sizes.tokens_per_dispatch,
+            takes={"weights": weights, "cache": slots[lengths[-1]]},
+            beside=always,
+        )
+    )
+    return programs
 
 
 def _training(
