@@ -14,6 +14,7 @@ any) and prints memory, estimated time and collectives. Nothing runs on a TPU: a
     --programs=A,B             only these: layout, prefill, insert, resize, generate, score, update
     --completion_tokens=N      assumed mean of completions (default: a third of the longest), --prompt_tokens=N (128)
     --json=FILE --html=FILE    the table as rows, and as a page
+    --hlo=DIR                  keeps what the compiler made of every program, as text
 """
 
 import os
@@ -35,6 +36,7 @@ _PROGRAMS = flags.DEFINE_list("programs", [], "only these")
 _COMPLETION = flags.DEFINE_float("completion_tokens", 0, "assumed mean; 0: a third of the longest")
 _PROMPT = flags.DEFINE_float("prompt_tokens", 128, "assumed mean")
 _JSON = flags.DEFINE_string("json", "", "file for the rows")
+_HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text")
 _HTML = flags.DEFINE_string("html", "", "file for the page")
 
 
@@ -85,6 +87,7 @@ def main(argv: list[str]) -> None:
             programs=tuple(_PROGRAMS.value),
             completion_tokens=_COMPLETION.value,
             prompt_tokens=_PROMPT.value,
+            texts=_HLO.value,
         )
         found = compare.compare(flags.FLAGS.config, asked, lambda line: print(line, file=sys.stderr, flush=True))
         shown = found.title, found.plans, found.topology, found.notes

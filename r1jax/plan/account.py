@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from r1jax import hosts
 from r1jax.plan import estimate
 from r1jax.plan.programs import Loop, Program, device_bytes
 from r1jax.plan.topology import Topology
@@ -98,8 +99,10 @@ def _too_large(message: str) -> float:
     return float(found[1]) * 1024 ** " KMGT".index(found[2]) if found else 0.0
 
 
-def make_row(layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any]) -> Row:
-    """Compiles a program and prices it; `done` collects what is compiled."""
+def make_row(
+    layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], texts: str
+) -> Row:
+    """Compiles a program and prices it; `done` collects what is compiled, the folder `texts` (if any) its text."""
     started = time.monotonic()
     common = {
         "layout": layout,
@@ -123,7 +126,10 @@ def make_row(layout: str, program: Program, topology: Topology, mesh: jax.shardi
         spent = time.monotonic() - started
         return Row(**common, compile_s=spent, hbm=hbm, fits=False, cost=None, mfu=0.0, failed=_first_line(error))
     compile_s = time.monotonic() - started
-    cost = estimate.cost(compiled.as_text(), topology, mesh, program.trips)
+    text = compiled.as_text()
+    if texts:
+        hosts.atomic_write(f"{texts}/{layout.replace('/', '_')}.{program.name}.txt", text)
+    cost = estimate.cost(text, topology, mesh, program.trips)
     peak = topology.chip.peak * mesh.size
     mfu = program.flops / (cost.seconds * peak) if cost.seconds else 0.0
     assert mfu < 1, f"{layout} {program.name}: {mfu:.0%} of the peak, so the estimate is wrong"
@@ -141,6 +147,7 @@ def make_plan(
     topology: Topology,
     meshes: dict[str, jax.sharding.Mesh],
     only: Collection[str],
+    texts: str,
     say: Callable[[str], None],
 ) -> Plan:
     """Compiles and prices the programs of a loop, those named in `only` if any are."""
@@ -151,7 +158,7 @@ def make_plan(
         if program.name == "insert" and "prefill" not in done:
             continue  # it takes what prefill gives, as the compiler lays it out
         mesh = meshes["train" if program.name in ("score", "update") else "decode"]
-        rows.append(make_row(layout, program, topology, mesh, done))
+        rows.append(make_row(layout, program, topology, mesh, done, texts))
         say(f"{layout} {program.name}: compiled in {rows[-1].compile_s:.0f} s")
     spent = {row.program: row.calls * row.est_s for row in rows}
     updates_s = sum(s for name, s in spent.items() if name in ("score", "update"))

@@ -29,6 +29,7 @@ class Asked:
     programs: tuple[str, ...]
     completion_tokens: float
     prompt_tokens: float
+    texts: str = ""  # folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,4 +114,6 @@ def plan(
     layouts = sharding.layouts(mesh, None if train == decode else decode)
     loop = programs.loop(config, model, layouts, load)
     meshes = {phase: layout.mesh for phase, layout in layouts.items()}
-    return make_plan(f"{name}:{ablation}" if ablation else name, loop, topology, meshes, asked.programs, say)
+    return make_plan(
+        f"{name}:{ablation}" if ablation else name, loop, topology, meshes, asked.programs, asked.texts, say
+    )

@@ -6,6 +6,7 @@ the compiler has no estimate, is taken at a stated share of the peaks.
 """
 
 import dataclasses
+import re
 
 import jax
 
@@ -14,6 +15,9 @@ from r1jax.plan.topology import Topology
 
 KERNEL_COMPUTE = 0.5  # of the bfloat16 peak, which is about what jax's splash attention is reported to reach
 KERNEL_MEMORY = 0.8  # of the memory's bandwidth
+
+
+Wire = tuple[str, str, float, float]  # kind of a collective, mesh axes, bytes, seconds
 
 
 @dataclasses.dataclass
@@ -78,26 +82,34 @@ class _Player:
     def _play(self, name: str, is_outermost: bool) -> Cost:
         out, clock, link_free = Cost(), 0.0, 0.0
         ends: dict[str, float] = {}
-        for i in self.module.computations.get(name, ()):
-            wires = self._wires(i)
+        instructions = self.module.computations.get(name, [])
+        fused = [self._fused(i) for i in instructions]
+        last = {key: at for at, found in enumerate(fused) for key in found}
+        for at, i in enumerate(instructions):
+            kind = i.opcode.removesuffix("-start")
             if i.opcode.endswith("-done") or i.opcode == "async-update":
                 ended = max((ends.get(a, 0.0) for a in i.arguments), default=0.0)
                 if i.opcode == "async-update":
                     ends[i.name] = ended
                 else:
                     clock = max(clock, ended)
-            elif wires:
-                self._count(out, wires)
-                took = sum(s for *_, s in wires)
-                begins = max(clock, link_free)
-                link_free = begins + took
-                if i.opcode.endswith("-start"):
-                    ends[i.name] = link_free
+            elif kind in hlo.COLLECTIVES:
+                link_free = max(clock, link_free) + self._count(out, self._wire(i, kind))
+                if i.opcode == kind:
+                    clock = link_free
+                ends[i.name] = link_free
+            elif fused[at]:
+                # Fusions that compute while they communicate: a collective runs from the first that has it to the last.
+                for key, wire in fused[at].items():
+                    if key not in ends:
+                        ends[key] = link_free = max(clock, link_free) + self._count(out, wire)
+                work = i.cycles / self.topology.chip.clock_hz
+                out.compute_s += work
+                clock += work
+                if i.opcode == "async-start":
+                    ends[i.name] = max(ends[key] for key in fused[at])
                 else:
-                    # A fusion computes while it communicates.
-                    work = i.cycles / self.topology.chip.clock_hz if i.opcode == "fusion" else 0.0
-                    out.compute_s += work
-                    clock = max(link_free, begins + work)
+                    clock = max([clock, *(ends[key] for key in fused[at] if last[key] == at)])
             elif i.opcode == "while":
                 clock += self._loop(out, i, is_outermost)
             elif i.opcode in ("call", "conditional") or (i.opcode == "async-start" and i.called("calls")):
@@ -134,21 +146,24 @@ class _Player:
         out.kernel_s += took
         return took
 
-    def _wires(self, i: hlo.Instruction) -> list[tuple[str, str, float, float]]:
-        """Collectives in an instruction: kind, mesh axes, bytes, seconds."""
-        kind = i.opcode.removesuffix("-start")
-        if kind in hlo.COLLECTIVES:
-            return [self._wire(i, kind)]
+    def _fused(self, i: hlo.Instruction) -> dict[str, Wire]:
+        """Collectives inside a fusion or an asynchronous call, by what tells them apart."""
         if i.opcode not in ("fusion", "async-start"):
-            return []
+            return {}
         inner = [j for name in i.called("calls") for j in self.module.computations.get(name, ())]
-        found = [(j, j.opcode.removesuffix("-start")) for j in inner]
-        found = [(j, kind) for j, kind in found if kind in hlo.COLLECTIVES]
         # A reduce-scatter hides in a fusion as an all-reduce of which a slice is taken.
         slices = any(j.opcode == "dynamic-slice" for j in inner)
-        return [self._wire(j, "reduce-scatter" if slices and kind == "all-reduce" else kind) for j, kind in found]
+        out = {}
+        for j in inner:
+            kind = j.opcode.removesuffix("-start")
+            if kind in hlo.COLLECTIVES:
+                chain = re.search(r'chain_id="(\d+)"', j.rest)
+                # The fusions of one chain repeat their collective.
+                key = f"{kind} chain {chain[1]}" if chain else f"{i.name} {j.name}"
+                out[key] = self._wire(j, "reduce-scatter" if slices and kind == "all-reduce" else kind)
+        return out
 
-    def _wire(self, i: hlo.Instruction, kind: str) -> tuple[str, str, float, float]:
+    def _wire(self, i: hlo.Instruction, kind: str) -> Wire:
         members = hlo.groups(i.rest)
         if kind == "collective-permute":
             members = [pair for pair in members if pair[0] != pair[1]]
@@ -172,8 +187,9 @@ class _Player:
         return sum(abs(p - q) for p, q in zip(a, b, strict=True))
 
     @staticmethod
-    def _count(out: Cost, wires: list[tuple[str, str, float, float]]) -> None:
-        for kind, axes, size, took in wires:
-            out.moved[kind, axes] = out.moved.get((kind, axes), 0.0) + size
-            out.wire[kind, axes] = out.wire.get((kind, axes), 0.0) + took
-            out.wire_s += took
+    def _count(out: Cost, wire: Wire) -> float:
+        kind, axes, size, took = wire
+        out.moved[kind, axes] = out.moved.get((kind, axes), 0.0) + size
+        out.wire[kind, axes] = out.wire.get((kind, axes), 0.0) + took
+        out.wire_s += took
+        return took

@@ -15,7 +15,7 @@ COLLECTIVES = (
 )
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f64": 8, "c64": 8}
 
-_START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
+_START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+)\s+= ")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64)\[([\d,]*)\]")
 
@@ -143,7 +143,6 @@ def _step(body: list[Instruction], compare: Instruction, scope: dict[str, Instru
     if not found:
         return None
     local = {i.name: i for i in body}
-    inside = {i.name for i in body if i.opcode == "get-tuple-element" and f"index={found[1]}" in i.rest.split(",")[1]}
     root = body[-1]
     results = root.arguments
     if root.opcode != "tuple" or int(found[1]) >= len(results):
@@ -154,26 +153,64 @@ def _step(body: list[Instruction], compare: Instruction, scope: dict[str, Instru
     if new is None or new.opcode != "add":
         return None
     values = [_constant(local[name]) for name in new.arguments if name in local]
-    del inside
     return next((n for n in values if n), None)
 
 
 def groups(rest: str) -> list[list[int]]:
-    """Which devices of the mesh, by their place in it, exchange data in a collective."""
+    """Which devices of the mesh, by their place in it, exchange data in a collective; none stands for all.
+
+    Raises:
+        ValueError: groups are written in a way that was never seen.
+    """
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)", found[0])]
     if found := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
-    found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-    if not found:
-        return []
-    shape, dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
-    order = [int(n) for n in found[3].split(",")] if found[3] else list(range(len(dims)))
-    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, flat = _ints(found[1]), _iota(found[2], found[3])
+        return [flat[i : i + shape[-1]] for i in range(0, len(flat), shape[-1])]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) \{([^}]*)\}", rest):
+        return _mesh_groups(*found.groups())
+    if "replica_groups=" in rest and "replica_groups={}" not in rest:
+        raise ValueError(f"groups of a collective that are not understood: {rest[:200]}")
+    return []
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _iota(dims: str, order: str | None) -> list[int]:
+    """0, 1, 2, ... in an array of these dimensions, transposed, read in order."""
+    sizes = _ints(dims)
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     flat = [0]
-    for axis in order:
-        flat = [base + i * strides[axis] for base in flat for i in range(dims[axis])]
-    return [flat[i : i + shape[-1]] for i in range(0, len(flat), shape[-1])]
+    for axis in _ints(order) if order else range(len(sizes)):
+        flat = [base + i * strides[axis] for base in flat for i in range(sizes[axis])]
+    return flat
+
+
+def _mesh_groups(axes: str, devices: str, along: str) -> list[list[int]]:
+    """Groups along some axes of a mesh, or along parts of them: 'a':(before)size."""
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
+    found = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", devices)
+    flat = _iota(found[1], found[2]) if found else list(range(math.prod(sizes.values())))
+    if devices.strip(" ,") and not found:
+        raise ValueError(f"a mesh of devices that is not understood: {devices}")
+    parts: list[tuple[str, int, bool]] = []  # of every axis: its name, size, whether groups extend along it
+    taken = {
+        name: (int(m or 1), int(n or sizes[name])) for name, m, n in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
+    }
+    for name, size in sizes.items():
+        before, inside = taken.get(name, (1, 1))
+        parts += [(name, before, False), (name, inside, name in taken), (name, size // before // inside, False)]
+    outside: list[list[int]] = [[]]
+    for _, size, is_inside in parts:
+        outside = [out if is_inside else [*out, i] for out in outside for i in range(size)]
+    found_groups: dict[tuple[int, ...], list[int]] = {}
+    for place, out in enumerate(outside):
+        found_groups.setdefault(tuple(out), []).append(flat[place])
+    return list(found_groups.values())
 
 
 def kernel_cost(call: Instruction) -> tuple[float, float] | None:
