@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import DEEPSEEK, QWEN, QWEN_MOE, jit, random_params
 
-from r1jax.model import layers, mla, transformer
+from r1jax.model import layers, mla, transformer, vocabulary
 from r1jax.model.config import ModelConfig, Rope
 from r1jax.model.experts import experts_local, experts_some
 from r1jax.model.moe import expert_load, moe, route
@@ -245,7 +245,7 @@ def test_token_logps_in_blocks_are_the_log_softmax(
         of_target = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
         return (of_target * weights).sum(), (of_target, -(jnp.exp(logp) * logp).sum(-1))
 
-    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", 3 * 2 * 40)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 3 * 2 * 40)
     assert "while" in jit(blocked).lower(params, x).as_text()
     (_, got), got_gradient = jit(jax.value_and_grad(blocked, argnums=(0, 1), has_aux=True))(params, x)
     (_, want), want_gradient = jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))(params, x)

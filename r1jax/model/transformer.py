@@ -12,11 +12,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from r1jax.model import gqa, mla
+from r1jax.model import gqa, mla, vocabulary
 from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.layers import Mask, Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
 from r1jax.model.moe import Moe, expert_load, moe
-from r1jax.sharding import constrain, current
+from r1jax.sharding import constrain
 from r1jax.types import Params
 
 ATTENTION = {"mla": mla, "gqa": gqa}
@@ -28,9 +28,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-# Most logits held at once by a device, per [rows x tokens x vocabulary] block of log-probabilities: 256 MB in float32.
-LOGITS_AT_ONCE = 2**26
 
 
 class Layers(nnx.Module):
@@ -195,10 +192,13 @@ def hidden(
     )
 
 
+def _head(params: Params) -> Float[Array, "D V"]:
+    return params["embed"].T if "head" not in params else params["head"]
+
+
 def logits(params: Params, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
     """Float32 logits of normalised hidden states."""
-    head = params["embed"].T if "head" not in params else params["head"]
-    out = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    out = jnp.matmul(x, _head(params), preferred_element_type=jnp.float32)
     return constrain(out, "rows", *("tokens",) * (out.ndim == 3), "vocab")
 
 
@@ -221,24 +221,7 @@ def token_logps(
     Sampling at another temperature than 1 makes another policy; log-probabilities are those of that policy.
     """
 
-    def block(x: Array, targets: Array) -> tuple[Array, Array]:
-        z = logits(params, x) / temperature
-        total = jax.nn.logsumexp(z, axis=-1)
-        logp = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0] - total
-        frozen = jax.lax.stop_gradient(z)
-        mean = (jax.nn.softmax(frozen, axis=-1) * frozen).sum(-1)
-        return logp, jax.lax.stop_gradient(total) - mean
-
-    b, t, _ = x.shape
-    size, layout = t, current()
-    devices = layout.size("rows") * layout.size("vocab") if layout else 1
-    while size % 2 == 0 and b * size * params["embed"].shape[0] > LOGITS_AT_ONCE * devices:
-        size //= 2
-    if size == t:
-        return block(x, targets)
-    parts = (x.reshape(b, t // size, size, -1).swapaxes(0, 1), targets.reshape(b, t // size, size).swapaxes(0, 1))
-    logp, entropy = jax.lax.map(lambda part: jax.checkpoint(block)(*part), parts)
-    return logp.swapaxes(0, 1).reshape(b, t), entropy.swapaxes(0, 1).reshape(b, t)
+    return vocabulary.token_logps(_head(params), x, targets, temperature)
 
 
 def next_token_hidden(

@@ -29,6 +29,14 @@ REMEDIES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class How:
+    """Options of the compiler by name, and a folder for the programs' text, empty: none."""
+
+    options: tuple[tuple[str, str], ...] = ()
+    texts: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A program of a layout, as planned.
 
@@ -100,9 +108,9 @@ def _too_large(message: str) -> float:
 
 
 def make_row(
-    layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], texts: str
+    layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], how: How
 ) -> Row:
-    """Compiles a program and prices it; `done` collects what is compiled, the folder `texts` (if any) its text."""
+    """Compiles a program and prices it; `done` collects what is compiled."""
     started = time.monotonic()
     common = {
         "layout": layout,
@@ -113,7 +121,7 @@ def make_row(
         "flops": program.flops,
     }
     try:
-        done[program.name] = compiled = program.lower(done).compile()
+        done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         needed = _too_large(str(error))
         if not needed:
@@ -127,8 +135,8 @@ def make_row(
         return Row(**common, compile_s=spent, hbm=hbm, fits=False, cost=None, mfu=0.0, failed=_first_line(error))
     compile_s = time.monotonic() - started
     text = compiled.as_text()
-    if texts:
-        hosts.atomic_write(f"{texts}/{layout.replace('/', '_')}.{program.name}.txt", text)
+    if how.texts:
+        hosts.atomic_write(f"{how.texts}/{layout.replace('/', '_')}.{program.name}.txt", text)
     cost = estimate.cost(text, topology, mesh, program.trips)
     peak = topology.chip.peak * mesh.size
     mfu = program.flops / (cost.seconds * peak) if cost.seconds else 0.0
@@ -147,7 +155,7 @@ def make_plan(
     topology: Topology,
     meshes: dict[str, jax.sharding.Mesh],
     only: Collection[str],
-    texts: str,
+    how: How,
     say: Callable[[str], None],
 ) -> Plan:
     """Compiles and prices the programs of a loop, those named in `only` if any are."""
@@ -158,7 +166,7 @@ def make_plan(
         if program.name == "insert" and "prefill" not in done:
             continue  # it takes what prefill gives, as the compiler lays it out
         mesh = meshes["train" if program.name in ("score", "update") else "decode"]
-        rows.append(make_row(layout, program, topology, mesh, done, texts))
+        rows.append(make_row(layout, program, topology, mesh, done, how))
         say(f"{layout} {program.name}: compiled in {rows[-1].compile_s:.0f} s")
     spent = {row.program: row.calls * row.est_s for row in rows}
     updates_s = sum(s for name, s in spent.items() if name in ("score", "update"))

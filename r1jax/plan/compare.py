@@ -29,7 +29,7 @@ class Asked:
     programs: tuple[str, ...]
     completion_tokens: float
     prompt_tokens: float
-    texts: str = ""  # folder
+    how: How = How()
 
 
 @dataclasses.dataclass(frozen=True)
