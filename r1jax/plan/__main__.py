@@ -14,6 +14,7 @@ any) and prints memory, estimated time and collectives. Nothing runs on a TPU: a
     --programs=A,B             only these: layout, prefill, insert, resize, generate, score, update
     --completion_tokens=N      assumed mean of completions (default: a third of the longest), --prompt_tokens=N (128)
     --json=FILE --html=FILE    the table as rows, and as a page
+    --xla=A=1,B=2              options of the compiler: xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000
     --hlo=DIR                  keeps what the compiler made of every program, as text
 """
 
@@ -37,6 +38,7 @@ _COMPLETION = flags.DEFINE_float("completion_tokens", 0, "assumed mean; 0: a thi
 _PROMPT = flags.DEFINE_float("prompt_tokens", 128, "assumed mean")
 _JSON = flags.DEFINE_string("json", "", "file for the rows")
 _HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text")
+_XLA = flags.DEFINE_list("xla", [], "options of the compiler")
 _HTML = flags.DEFINE_string("html", "", "file for the page")
 
 
@@ -72,10 +74,17 @@ def parse(argv: list[str]) -> list[str]:
     return left
 
 
+def _options(words: list[str]) -> tuple[tuple[str, str], ...]:
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"--xla={wrong[0]}: wanted NAME=VALUE")
+    return tuple(tuple(word.split("=", 1)) for word in words)
+
+
 def main(argv: list[str]) -> None:
     """Plans, prints, writes."""
     from r1jax import hosts  # after the flags: a mistake in them should not wait for jax
     from r1jax.plan import compare, table
+    from r1jax.plan.account import How
 
     try:
         asked = compare.Asked(
@@ -87,7 +96,7 @@ def main(argv: list[str]) -> None:
             programs=tuple(_PROGRAMS.value),
             completion_tokens=_COMPLETION.value,
             prompt_tokens=_PROMPT.value,
-            texts=_HLO.value,
+            how=How(_options(_XLA.value), _HLO.value),
         )
         found = compare.compare(flags.FLAGS.config, asked, lambda line: print(line, file=sys.stderr, flush=True))
         shown = found.title, found.plans, found.topology, found.notes

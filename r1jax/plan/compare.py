@@ -11,7 +11,7 @@ from r1jax import run, sharding
 from r1jax.model.config import ModelConfig
 from r1jax.plan import layout as layout_names
 from r1jax.plan import programs
-from r1jax.plan.account import Plan, make_plan
+from r1jax.plan.account import How, Plan, make_plan
 from r1jax.plan.topology import Topology, open_topology
 
 Say = Callable[[str], None]
@@ -29,7 +29,7 @@ class Asked:
     programs: tuple[str, ...]
     completion_tokens: float
     prompt_tokens: float
-    how: How = How()
+    how: How = dataclasses.field(default_factory=How)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,4 @@ def plan(
     layouts = sharding.layouts(mesh, None if train == decode else decode)
     loop = programs.loop(config, model, layouts, load)
     meshes = {phase: layout.mesh for phase, layout in layouts.items()}
-    return make_plan(
-        f"{name}:{ablation}" if ablation else name, loop, topology, meshes, asked.programs, asked.texts, say
-    )
+    return make_plan(f"{name}:{ablation}" if ablation else name, loop, topology, meshes, asked.programs, asked.how, say)
