@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
             },
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
+            # The same devices while completions are sampled, if other sizes serve there better; all 0: as in mesh.
+            "decode_mesh": {"data": 0, "fsdp": 0, "expert": 0, "context": 0, "tensor": 0},
             "data": {
                 "source": "countdown",  # countdown, PATH.jsonl, tfds:NAME, reasoning_gym:FAMILY
                 "split": "rl",  # prompts for training

@@ -56,4 +56,82 @@ DEEPSEEK_V3 = {
     },
 }
 
-MODELS = {"tiny": TINY, "deepseek_v3": DEEPSEEK_V3}
+# Released configuration of DeepSeek-V2-Lite: 15.7B parameters, 2.4B active, reported.
+DEEPSEEK_V2_LITE = {
+    "vocab_size": 102_400,
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "intermediate_size": 10_944,
+    "attention": "mla",
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 1408,
+    "first_k_dense_replace": 1,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "router_bias": False,
+    "max_position_embeddings": 163_840,
+    "rope": {
+        "kind": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+
+# Released configurations of Qwen2.5 (base) and Qwen3, reported.
+QWEN2_5_1_5B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 8960,
+    "qkv_bias": True,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131_072,
+    "rope": {"theta": 1_000_000.0},
+}
+QWEN2_5_7B = {
+    **QWEN2_5_1_5B,
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18_944,
+    "tie_word_embeddings": False,
+}
+QWEN3_30B_A3B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "qk_norm": True,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "scoring_func": "softmax",
+    "router_bias": False,
+    "max_position_embeddings": 40_960,
+    "rope": {"theta": 1_000_000.0},
+}
+
+MODELS = {
+    "tiny": TINY,
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v2_lite": DEEPSEEK_V2_LITE,
+    "qwen2_5_1_5b": QWEN2_5_1_5B,
+    "qwen2_5_7b": QWEN2_5_7B,
+    "qwen3_30b_a3b": QWEN3_30B_A3B,
+}

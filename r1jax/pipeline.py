@@ -141,7 +141,7 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(config, folder)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    layouts = sharding.layouts(mesh)
+    layouts = sharding.layouts(mesh, config.decode_mesh.to_dict())
     this = Run(folder, config.seed, layouts, hosts.on_sigterm(), metrics.Summary(folder, started_s))
     policy = load_policy(config, layouts)
     hosts.say(plan(config, policy, mesh, folder))

@@ -99,18 +99,24 @@ def random_params(config: ModelConfig, layout: sharding.Layout, seed: int) -> Pa
     return make(jax.random.key(seed))
 
 
-def training_state(
-    policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation
-) -> tuple[updates.State, updates.State]:
-    """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
+def state_like(policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation) -> updates.State:
+    """The training state as shapes with shardings, without making any."""
     scalar = layout.sharding()
     lies = param_shardings(policy.config, layout)
     if policy.lora is not None:  # small, so that every device holds them
         lies = jax.tree.map(lambda _: scalar, policy.params)
     lies = updates.state_shardings(lies, optimizer, policy.params, scalar)
-    state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
-    return state, like
+    shapes = jax.eval_shape(partial(updates.init_state, optimizer=optimizer), policy.params)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
+
+
+def training_state(
+    policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation
+) -> tuple[updates.State, updates.State]:
+    """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
+    like = state_like(policy, layout, optimizer)
+    lies = jax.tree.map(lambda a: a.sharding, like)
+    return jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params), like
 
 
 def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:

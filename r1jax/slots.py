@@ -180,35 +180,42 @@ class Verbs:
         self,
         slots: Slots,
         prefix: Prefix,
-        place: Int[Array, "n"],
-        source: Int[Array, "n"],
-        prompts: Int[Array, "n"],
-        members: Int[Array, "n"],
-        limits: Int[Array, "n"],
+        source: Int[Array, "B"],
+        prompts: Int[Array, "B"],
+        members: Int[Array, "B"],
+        limits: Int[Array, "B"],
         rollout_key: Array,
     ) -> tuple[Slots, Drawn]:
-        """Copies prefix `source[i]` into slot `place[i]` (past the last slot: nowhere) and draws its first token."""
+        """Copies prefix `source[i]` into slot i (negative: leaves it alone) and draws its first token.
+
+        Said by slot, so that each device needs nothing of another but the prompts that were read.
+        """
         with sharding.use(self.layout):
+            is_new, read = source >= 0, jnp.maximum(source, 0)
             keys = sample_keys(rollout_key, prompts, members)
-            token, logp = draw(prefix.logits[source], uniforms(keys, jnp.zeros_like(source)), self.drawing)
+            last = sharding.constrain(prefix.logits, None, "vocab")[read]
+            last = sharding.constrain(last, "rows", "vocab")
+            token, logp = draw(last, uniforms(keys, jnp.zeros_like(source)), self.drawing)
+            axes = transformer.ATTENTION[self.model.attention].CACHE_AXES
 
-            def put(cache: Array, new: Array) -> Array:
-                index = (place,) + (slice(None),) * (self.length_axis - 1)
-                return cache.at[(*index, slice(0, new.shape[self.length_axis]))].set(new[source], mode="drop")
+            def where_new(new: Array, old: Array) -> Array:
+                return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-            def put_row(old: Array, new: Array) -> Array:
-                return old.at[place].set(new, mode="drop")
+            def put(path: tuple, cache: Array, new: Array) -> Array:
+                new = sharding.constrain(new, None, *axes[path[-1].key][1:])[read]
+                old = jax.lax.slice_in_dim(cache, 0, new.shape[self.length_axis], axis=self.length_axis)
+                return jax.lax.dynamic_update_slice_in_dim(cache, where_new(new, old), 0, self.length_axis)
 
             slots = Slots(
-                cache=jax.tree.map(put, slots.cache, prefix.cache),
-                token=put_row(slots.token, token),
-                position=put_row(slots.position, prefix.lengths[source]),
-                drawn=put_row(slots.drawn, jnp.ones_like(source)),
-                limit=put_row(slots.limit, limits),
-                is_free=put_row(slots.is_free, jnp.isin(token, self._stop_ids) | (limits <= 1)),
-                keys=put_row(slots.keys, keys),
+                cache=jax.tree_util.tree_map_with_path(put, slots.cache, prefix.cache),
+                token=where_new(token, slots.token),
+                position=where_new(prefix.lengths[read], slots.position),
+                drawn=where_new(jnp.ones_like(source), slots.drawn),
+                limit=where_new(limits, slots.limit),
+                is_free=where_new(jnp.isin(token, self._stop_ids) | (limits <= 1), slots.is_free),
+                keys=where_new(keys, slots.keys),
             )
-            return self._lay(slots), Drawn(token[None], logp[None], jnp.ones((1, len(token)), bool), None)
+            return self._lay(slots), Drawn(token[None], logp[None], is_new[None], None)
 
     def _generate(
         self, params: Params, slots: Slots, cancel: Bool[Array, "B"], steps: Int[Array, ""], enough: Int[Array, ""]
@@ -257,20 +264,27 @@ class Verbs:
             _, slots, drawn = jax.lax.while_loop(more, body, (jnp.int32(0), self._lay(start), drawn))
             return slots, drawn
 
-    def _resize(self, slots: Slots, keep: Int[Array, "B"], length: int) -> Slots:
-        """The slots numbered in `keep` (-1: a free one), with another cache length."""
+    def _resize(self, slots: Slots, keep: Int[Array, "R n"] | None, length: int) -> Slots:
+        """The slots with another cache length, of each device's those numbered in `keep` (-1: a free one; None: all).
+
+        R devices hold slots; each keeps some of its own, since the caches of all are more than a device can hold.
+        """
         with sharding.use(self.layout):
 
+            def take(a: Array) -> Array:
+                if keep is None:
+                    return a
+                # Mapped over devices and not indexed by them: so the partitioner sees that nothing has to move.
+                parts = a.reshape(keep.shape[0], -1, *a.shape[1:])
+                return jax.vmap(lambda part, kept: part[kept])(parts, jnp.maximum(keep, 0)).reshape(-1, *a.shape[1:])
+
             def cut(a: Array) -> Array:
-                a = a[jnp.maximum(keep, 0)]
+                a = take(a)
                 change = length - a.shape[self.length_axis]
                 pad = [(0, max(change, 0) if axis == self.length_axis else 0) for axis in range(a.ndim)]
                 return jax.lax.slice_in_dim(jnp.pad(a, pad), 0, length, axis=self.length_axis)
 
-            rest = {
-                f.name: getattr(slots, f.name)[jnp.maximum(keep, 0)]
-                for f in dataclasses.fields(slots)
-                if f.name != "cache"
-            }
-            rest["is_free"] = rest["is_free"] | (keep < 0)
+            rest = {f.name: take(getattr(slots, f.name)) for f in dataclasses.fields(slots) if f.name != "cache"}
+            if keep is not None:
+                rest["is_free"] = rest["is_free"] | (keep.reshape(-1) < 0)
             return self._lay(Slots(cache=jax.tree.map(cut, slots.cache), **rest))

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Imports point down this list only. A package is one entry; its files may import one another, except stages.
 ORDER = [
+    "plan",
     "main",
     "export",
     "pipeline",
@@ -47,7 +48,6 @@ ORDER = [
     "report",
     "curves",
     "run_folder",
-    "plan",
     "model",
     "sharding",
     "hosts",

@@ -16,7 +16,7 @@ from r1jax.model import gqa, mla
 from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.layers import Mask, Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
 from r1jax.model.moe import Moe, expert_load, moe
-from r1jax.sharding import constrain
+from r1jax.sharding import constrain, current
 from r1jax.types import Params
 
 ATTENTION = {"mla": mla, "gqa": gqa}
@@ -29,7 +29,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# Most logits held at once, per [rows x tokens x vocabulary] block of log-probabilities: 256 MB in float32.
+# Most logits held at once by a device, per [rows x tokens x vocabulary] block of log-probabilities: 256 MB in float32.
 LOGITS_AT_ONCE = 2**26
 
 
@@ -230,8 +230,9 @@ def token_logps(
         return logp, jax.lax.stop_gradient(total) - mean
 
     b, t, _ = x.shape
-    size = t
-    while size % 2 == 0 and b * size * params["embed"].shape[0] > LOGITS_AT_ONCE:
+    size, layout = t, current()
+    devices = layout.size("rows") * layout.size("vocab") if layout else 1
+    while size % 2 == 0 and b * size * params["embed"].shape[0] > LOGITS_AT_ONCE * devices:
         size //= 2
     if size == t:
         return block(x, targets)
