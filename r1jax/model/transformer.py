@@ -231,14 +231,23 @@ def token_logps(
 
     b, t, _ = x.shape
     size, layout = t, current()
-    devices = layout.size("rows") * layout.size("vocab") if layout else 1
-    while size % 2 == 0 and b * size * params["embed"].shape[0] > LOGITS_AT_ONCE * devices:
+    split = layout.size("tokens") if layout else 1
+    devices = layout.size("rows") * split * layout.size("vocab") if layout else 1
+    while size % (2 * split) == 0 and b * size * params["embed"].shape[0] > LOGITS_AT_ONCE * devices:
         size //= 2
     if size == t:
         return block(x, targets)
-    parts = (x.reshape(b, t // size, size, -1).swapaxes(0, 1), targets.reshape(b, t // size, size).swapaxes(0, 1))
-    logp, entropy = jax.lax.map(lambda part: jax.checkpoint(block)(*part), parts)
-    return logp.swapaxes(0, 1).reshape(b, t), entropy.swapaxes(0, 1).reshape(b, t)
+
+    def cut(a: Array) -> Array:
+        # Of each device's tokens an equal part: so that no block lies on one device alone.
+        a = a.reshape(b, split, t // size, size // split, *a.shape[2:])
+        return jnp.moveaxis(a, 2, 0).reshape(t // size, b, size, *a.shape[4:])
+
+    def join(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(t // size, b, split, size // split), 0, 2).reshape(b, t)
+
+    logp, entropy = jax.lax.map(lambda part: jax.checkpoint(block)(*part), (cut(x), cut(targets)))
+    return join(logp), join(entropy)
 
 
 def next_token_hidden(
