@@ -111,6 +111,7 @@ def get_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "grad_clip_norm": 1.0,
+                "moments_dtype": "float32",  # of the optimizer's moments between steps: float32, bfloat16
                 "non_finite_limit": 10,  # skipped steps in a row before the run stops
                 "router_bias_rate": 0.0,  # per step, against the experts' load
             },

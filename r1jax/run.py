@@ -120,7 +120,17 @@ def training_state(
 
 
 def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
-    """Host arrays [M, B, T, ...] onto the mesh."""
+    """Host arrays [M, B, T, ...] onto the mesh.
+
+    Raises:
+        ValueError: rows that do not divide over the devices that hold a part of each.
+    """
+    (tokens,) = {a.shape[2] for a in batch.values()}
+    if tokens % (parts := layout.size("tokens")):
+        raise ValueError(
+            f"rows of {tokens} tokens do not divide over config.mesh.context ({parts}); change it or "
+            "config.rl.row_tokens, config.pretrain.row_tokens or config.sft.row_tokens"
+        )
     lies = {name: layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
     return hosts.put(batch, lies)
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import DEEPSEEK, jit, random_params
@@ -13,10 +14,10 @@ from r1jax.model.exchange import peers_per_token
 from r1jax.model.moe import moe
 
 COMPOSED = {"rtol": 1e-4, "atol": 1e-4}
-MESHES = [{"expert": 4}, {"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}]
+MESHES = [{"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}]
 
 
-@pytest.mark.parametrize("slack", [0.2, 1.0, 8.0])  # several rounds, one or two, room for everything
+@pytest.mark.parametrize("slack", [0.2, 8.0])  # several rounds, room for everything
 @pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_experts_apart_are_experts_at_hand(sizes: dict[str, int], exchange: str, slack: float) -> None:
@@ -30,7 +31,7 @@ def test_experts_apart_are_experts_at_hand(sizes: dict[str, int], exchange: str,
 
     def both(p: dict, x: jax.Array, layout: sharding.Layout | None, paths: Paths) -> tuple:
         with sharding.use(layout):
-            (y, ids), pull = jax.vjp(lambda p, x: moe(p, DEEPSEEK, x, replay, paths), p, x)
+            (y, ids), pull = jax.vjp(lambda p, x: moe(p, DEEPSEEK, x, jnp.asarray(replay), paths), p, x)
             return y, ids, pull((out, np.zeros(ids.shape, jax.dtypes.float0)))
 
     run = jit(both, static_argnums=(2, 3))

@@ -68,7 +68,7 @@ def test_long_rows_in_kernels_are_long_rows_in_blocks(g: int) -> None:
 
     def both(attend, q, k, v, reading):
         y, pull = jax.vjp(lambda *of: attend(*of, reading, 0.3), q, k, v)
-        return y, pull(out)
+        return y, pull(jnp.asarray(out))
 
     blocks = jit(lambda *of: both(blockwise.attend, *of))(q, k, v, reading)
 

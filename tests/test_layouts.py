@@ -188,6 +188,12 @@ def test_an_impossible_mesh_names_the_key(sizes: dict[str, int], said: str) -> N
         sharding.make_mesh(sizes)
 
 
+def test_rows_that_do_not_divide_name_the_key() -> None:
+    layout = sharding.layouts(mesh_of({"context": 2}))["train"]
+    with pytest.raises(ValueError, match=r"rows of 25 tokens do not divide over config.mesh.context \(2\); change it"):
+        run.put_rows({"tokens": np.zeros((1, 4, 25), np.int32)}, layout)
+
+
 @pytest.mark.parametrize(
     ("config", "sizes", "said"),
     [

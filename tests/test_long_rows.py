@@ -18,11 +18,11 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def packed(b: int, t: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def packed(b: int, t: int, seed: int = 3) -> tuple[jax.Array, jax.Array]:
     """Segments of rows, the last token padding, and parents: segment 3 reads segment 1 besides itself."""
     segments = np.sort(np.random.default_rng(seed).integers(1, 5, (b, t)), axis=1)
     segments[:, -1] = 0
-    return segments, np.where(segments == 3, 1, segments)
+    return jnp.asarray(segments), jnp.where(segments == 3, 1, segments)
 
 
 @pytest.mark.parametrize(("t", "block"), [(61, 16), (64, 16), (20, 512)])
@@ -36,7 +36,7 @@ def test_attention_in_blocks_and_its_gradient_are_attention(t: int, block: int) 
         reading = Reading(segments, parents, segments, jnp.int32(0))
         paths = [lambda *a: layers.attend(*a, mask, 0.5), lambda *a: blockwise.attend(*a, reading, 0.5, block)]
         pairs = [jax.vjp(path, *qkv) for path in paths]
-        return [(y, pull(out)) for y, pull in pairs]
+        return [(y, pull(jnp.asarray(out))) for y, pull in pairs]
 
     want, got = both(q, k, v)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), got, want)
@@ -46,7 +46,7 @@ def test_attention_in_blocks_and_its_gradient_are_attention(t: int, block: int) 
 @pytest.mark.parametrize("config", [DEEPSEEK, QWEN], ids=["mla", "gqa"])
 def test_rows_split_over_devices_are_whole_rows(config: ModelConfig, path: str) -> None:
     params, t = random_params(config), 24
-    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, t))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, t)))
     segments, parents = packed(2, t)
     layout = sharding.layouts(sharding.make_mesh({"context": 4, "tensor": 2}))["train"]
 

@@ -103,6 +103,16 @@ def test_iota_groups_are_read_as_listed_ones():
     assert hlo.groups("replica_groups=[4,6]<=[2,3,4]T(2,0,1)") == order.tolist()
 
 
+def test_groups_along_the_axes_of_a_mesh():
+    assert hlo.groups(", replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert hlo.groups(", replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}") == [[0, 1, 2, 3]]
+    # A part of an axis: of its eight, pairs that are two apart.
+    parts = hlo.groups(", replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}")
+    assert parts == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    with pytest.raises(ValueError, match="not understood"):
+        hlo.groups(", replica_groups=rings(3)")
+
+
 def test_sizes_of_types():
     assert hlo.shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, f32[], s4[8])") == [12, 4, 4]
     assert hlo.shape_bytes("f8e4m3fn[10]") == [10] and hlo.shape_bytes("pred[3]{0}") == [3]
@@ -215,6 +225,24 @@ def test_a_reduce_scatter_may_hide_in_a_fusion():
     )
     moved = estimate.cost(hidden, *four(), open_trips=3).moved
     assert moved["reduce-scatter", "tensor"] == 8 * 8 * 128 * 2
+
+
+def test_a_chain_of_fusions_repeats_one_collective():
+    # As the compiler writes it: each fusion of a chain has the gather in it, from the one that starts it to the last.
+    chained = SMALL.replace(
+        "ROOT %inside = bf16[8,128]{1,0} add(%p, %p)",
+        "%all = bf16[3200000,128]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=2] "
+        "{'axis_1'}, frontend_attributes={chain_id=\"0\"}\n  ROOT %inside = bf16[8,128]{1,0} add(%p, %p)",
+    ).replace(
+        "%sum =",
+        '%more = bf16[8,128]{1,0} fusion(%x), calls=%fused, backend_config={"estimated_cycles":"1503"}\n  %sum =',
+    )
+    slice_, mesh = four()
+    cost = estimate.cost(chained, slice_, mesh, open_trips=3)
+    size = 3_200_000 * 128 * 2
+    assert cost.moved["all-gather", "tensor"] == 8 * size and cost.compute_s == pytest.approx(16e-6)
+    wire = interconnect.seconds(slice_, "all-gather", size, slice_.devices[:2])
+    assert cost.seconds == pytest.approx(8 * (wire + cost.wire["all-reduce", "tensor"] / 8), rel=0.01)
 
 
 def test_a_kernel_without_an_estimate_is_named():

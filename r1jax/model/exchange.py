@@ -57,7 +57,7 @@ def _all_to_all(
     def swap(a: Array) -> Array:
         return jax.lax.all_to_all(a, held, 0, 0, tiled=True)
 
-    def one(r: Array, ints: tuple, floats: tuple) -> Array:
+    def one(r: Array | int, ints: tuple, floats: tuple) -> Array:
         (order, place, peer, ids), (x, gates, weights) = ints, floats
         first = r * places
         source = jax.lax.dynamic_slice_in_dim(order, first, places, axis=1).reshape(-1)

@@ -198,7 +198,7 @@ def experts_some(
     owner = jnp.pad(owner, (0, source.shape[0] // block - owner.shape[0]), mode="edge")
     ends = jnp.cumsum(sizes)
 
-    def one(r: Array, ints: tuple, floats: tuple) -> Array:
+    def one(r: Array | int, ints: tuple, floats: tuple) -> Array:
         (source, target, owner, ends), (x, gates, weights) = ints, floats
         first = r * room
         here = jax.lax.dynamic_slice_in_dim(source, first, room)
@@ -239,7 +239,7 @@ def in_rounds(one: Callable[..., Array], rounds: Array | int, ints: tuple, float
     def backward(saved: tuple, grad: Array) -> tuple[None, None, tuple]:
         rounds, ints, floats = saved
 
-        def of(r: Array) -> tuple:
+        def of(r: Array | int) -> tuple:
             return jax.vjp(lambda floats: one(r, ints, floats), floats)[1](grad)[0]
 
         return None, None, rest(rounds, of(0), of)

@@ -155,7 +155,10 @@ WHOLE_TOKENS = 2048
 
 
 def attention_mask(segments: Int[Array, "B T"], parents: Int[Array, "B T"], path: str = "auto") -> Mask:
-    """Who may read whom; `path` is a Paths.attention: auto takes the kernel on TPU, else blocks for long, split rows."""
+    """Who may read whom; `path` is one of Paths.attention.
+
+    Taken by "auto": on TPU the kernel, elsewhere blocks for rows that are long or split over devices.
+    """
     layout, tokens = current(), segments.shape[1]
     if path == "auto":
         is_split = layout is not None and layout.size("tokens") > 1

@@ -220,7 +220,6 @@ def token_logps(
 
     Sampling at another temperature than 1 makes another policy; log-probabilities are those of that policy.
     """
-
     return vocabulary.token_logps(_head(params), x, targets, temperature)
 
 

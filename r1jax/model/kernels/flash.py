@@ -7,6 +7,7 @@ that meet at all. Scores lie transposed, keys in rows, so that what belongs to a
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from r1jax.model.blockwise import NEVER, Reading, may_meet, whole_blocks
 QUERIES, KEYS = 512, 1024  # tokens of a block
 VMEM_BYTES = 64 * 2**20  # of 128 MB that v5e, v5p and v6e have
 
+Ref = Any  # Pallas's handle of memory
+Results = list[tuple[str, int, Any]]
+
 ROW_BY_ROW = (((1,), (1,)), ((), ()))  # a @ b.T
 COLUMN_BY_COLUMN = (((0,), (0,)), ((), ()))  # a.T @ b
 
@@ -30,7 +34,7 @@ def attend(
     reading: Reading,
     scale: float,
     blocks: tuple[int, int] = (QUERIES, KEYS),
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "B Q K g w"]:
     """Softmax attention with g query heads per key head; `interpret` runs it step by step on any device."""
     b, n, kv, g, h = q.shape
@@ -58,9 +62,7 @@ def _pairs(meet: Bool[Array, "B nq nk"], by_keys: bool) -> tuple[Array, Array, A
 class _Step:
     """Where a step of the grid (row, head, pair) stands."""
 
-    def __init__(
-        self, row: Array, pair: Array, of_queries: jax.Ref, of_keys: jax.Ref, counts: jax.Ref, own: int
-    ) -> None:
+    def __init__(self, row: Array, pair: Array, of_queries: Ref, of_keys: Ref, counts: Ref, own: int) -> None:
         width = of_queries.shape[0] // counts.shape[0]
         at = row * width + 1 + jnp.minimum(pair, counts[row] - 1)
         self.queries, self.keys = of_queries[at], of_keys[at]
@@ -70,7 +72,7 @@ class _Step:
         self.is_last = is_real & (mine[at + 1] != mine[at])
 
 
-def _weights(step: _Step, start: jax.Ref, refs: tuple, scale: float) -> Float[Array, "s q"]:
+def _weights(step: _Step, start: Ref, refs: tuple, scale: float) -> Float[Array, "s q"]:
     """Scores of a pair of blocks, NEVER where nothing may be read."""
     q, k, segments, parents, keys = refs
     scores = jax.lax.dot_general(k[0, 0], q[0, 0], ROW_BY_ROW, preferred_element_type=jnp.float32) * scale
@@ -166,21 +168,21 @@ def _call(
     by_keys: bool,
     reading: Reading,
     arrays: tuple[Array, ...],
-    results: dict[str, tuple],
+    results: Results,
     scratch: list[tuple[int, int]],
     products: int,
     scale: float,
     blocks: tuple[int, int],
-    interpret: bool,
+    interpret: Any,
 ) -> list[Array]:
-    """One of the kernels. `results`: for "queries", "keys" or "row" (one number per query), widths and dtypes."""
+    """One of the kernels; `results` are "queries", "keys" or "row" (a number per query), each with width and dtype."""
     q, k, v = arrays[:3]
     b, heads, n, _ = q.shape
     g = heads // k.shape[1]
     bq, bk = blocks
     of_queries, of_keys, counts = _pairs(may_meet(reading, bq, bk), by_keys)
 
-    def at(row: Array, head: Array, pair: Array, *prefetched: jax.Ref) -> tuple[Array, Array, _Step]:
+    def at(row: Array, head: Array, pair: Array, *prefetched: Ref) -> tuple[Array, Array, _Step]:
         return row, head, _Step(row, pair, *prefetched[:3], own=0)
 
     def queries(*step: Array) -> tuple:
@@ -222,9 +224,8 @@ def _call(
     out = [(*kinds[kind](width), dtype) for kind, width, dtype in results]
     share = 1 - n / (2 * k.shape[2])  # of all pairs, those that causal rows have, for the last queries
     flops = 2 * b * heads * n * k.shape[2] * share * products
-    moved = sum(a.size * a.dtype.itemsize for a in arrays) + sum(
-        jnp.dtype(dtype).itemsize * jnp.prod(jnp.array(shape)).item() for shape, _, dtype in []
-    )
+    pairs = b * heads * (n // bq) * (k.shape[2] // bk) * share
+    moved = pairs * (bk if not by_keys else bq) * (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
     return pl.pallas_call(
         partial(kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(

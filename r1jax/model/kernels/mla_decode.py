@@ -6,6 +6,7 @@ that hold something, as megablox's does, so a slot costs what it has cached and 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,19 @@ BLOCK = 1024  # cached tokens at once; a step of the grid costs about 0.35 us wh
 
 NEVER = -1e30
 
+Ref = Any  # Pallas's handle of memory
+
 
 def _kernel(
-    slot_of: jax.Ref,
-    block_of: jax.Ref,
-    lengths: jax.Ref,
-    q: jax.Ref,
-    cache: jax.Ref,
-    out: jax.Ref,
-    top: jax.Ref,
-    total: jax.Ref,
-    acc: jax.Ref,
+    slot_of: Ref,
+    block_of: Ref,
+    lengths: Ref,
+    q: Ref,
+    cache: Ref,
+    out: Ref,
+    top: Ref,
+    total: Ref,
+    acc: Ref,
     *,
     scale: float,
     rank: int,
@@ -93,13 +96,13 @@ def mla_decode(
     rank: int,
     scale: float,
     block: int = BLOCK,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "B H c"]:
     """Softmax of scaled products with the first `lengths` cached rows, times the first `rank` values of those rows.
 
     Args:
         lengths: 0..S per slot; the result of an empty slot is zero.
-        interpret: runs the kernel's steps one after the other on any device.
+        interpret: true or pltpu.InterpretParams() runs the kernel's steps one after the other on any device.
     """
     b, heads, width = q.shape
     length = cache.shape[1]
@@ -111,11 +114,11 @@ def mla_decode(
     slot_of, block_of, steps = _schedule(lengths, block, most, cores)
     per_core = b // cores * most
 
-    def of_slot(core: Array, step: Array, slot_of: jax.Ref, block_of: jax.Ref, lengths: jax.Ref) -> tuple:
+    def of_slot(core: Array, step: Array, slot_of: Ref, block_of: Ref, lengths: Ref) -> tuple:
         del block_of, lengths
         return slot_of[core * per_core + step], 0, 0
 
-    def of_block(core: Array, step: Array, slot_of: jax.Ref, block_of: jax.Ref, lengths: jax.Ref) -> tuple:
+    def of_block(core: Array, step: Array, slot_of: Ref, block_of: Ref, lengths: Ref) -> tuple:
         at = core * per_core + step
         last = jnp.maximum(
             jax.lax.div(lengths[slot_of[at]] - 1, block), 0
