@@ -48,13 +48,18 @@ def _value(argv: list[str], name: str, default: str = "") -> str:
     return next((w.partition("=")[2] or next(words, "") for w in words if re.fullmatch(flag, w, re.DOTALL)), default)
 
 
+def _names_config(word: str, before: str) -> bool:
+    return bool(re.fullmatch(r"--?config(=.*)?", word, re.DOTALL) or re.fullmatch(r"--?config", before))
+
+
 def parse(argv: list[str]) -> list[str]:
     """Parses the command line; --model chooses the variant of the config. Ends with one line where it is wrong."""
     if any(re.fullmatch(r"-h|--?help(short|full)?", word) for word in argv):
         print(__doc__.strip())
         sys.exit()
     spec, model = _value(argv, "config", "configs/zero.py"), _value(argv, "model")
-    rest = [w for w in argv if not re.match(r"--?config=", w)]
+    # The config is named anew below, by its model's variant.
+    rest = [w for w, before in zip(argv, ["", *argv], strict=False) if not _names_config(w, before)]
     spec = f"{spec}:{model}" if model and ":" not in spec else spec
     try:
         known = command.keys(command.load_config(spec))

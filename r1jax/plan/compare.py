@@ -62,12 +62,13 @@ def sensible(model: ModelConfig, devices: int) -> list[str]:
     experts = [1]
     if model.n_moe:
         experts = [n for n in (8, 16, 32, 64) if devices % n == 0 and model.n_routed_experts % n == 0] or [1]
+    _, fsdp_axis, expert_axis, _, tensor_axis = sharding.AXES
     found = []
     for tensor in tensors:
         for expert in experts:
             rest, left = divmod(devices, tensor * expert)
             if rest and not left and model.hidden_size % rest == 0:
-                found.append(layout_names.spell({"fsdp": rest, "expert": expert, "tensor": tensor}))
+                found.append(layout_names.spell({fsdp_axis: rest, expert_axis: expert, tensor_axis: tensor}))
     return found
 
 
