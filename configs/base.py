@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
                 "cache_dtype": "float32",  # of the sampler's cache
                 "remat": "none",  # what the backward pass computes again: none, dots, full
                 "scan_unroll": 1,  # layers per step of the scan over layers
+                "attention": "auto",  # over rows: whole, blocks, kernel (TPU); auto: what row and device call for
+                "expert_exchange": "gather",  # tokens to experts on other devices: gather, all_to_all
+                "expert_slack": 1.5,  # room for what comes from there at once, in multiples of the mean
             },
             "cpu_devices": 1,  # as how many devices the CPU of each host counts; accelerators are not concerned
             # Low-rank adapters (arXiv 2106.09685): only they are trained, the model at model.path stays as it is.
@@ -32,6 +35,8 @@ def get_config() -> ConfigDict:
             },
             # Devices along each axis; one may be -1: whatever is left.
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1},
+            # The same devices while completions are sampled, if other sizes serve there better; all 0: as in mesh.
+            "decode_mesh": {"data": 0, "fsdp": 0, "expert": 0, "context": 0, "tensor": 0},
             "data": {
                 # countdown, countdown_bilingual, letters, PATH.jsonl, tfds:NAME, reasoning_gym:FAMILY
                 "source": "countdown",
@@ -66,6 +71,7 @@ def get_config() -> ConfigDict:
                 "cache_bucket": 64,  # tokens; the smallest cache length
                 "prefill_prompts": 32,  # prompts read at once
                 "refill_share": 0.125,  # share of free slots at which they are filled again
+                "attention": "auto",  # over the cache: plain, kernel (TPU, latent attention); auto: as the device has
             },
             "rl": {
                 "updates": 10_400,  # reported
@@ -110,6 +116,7 @@ def get_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "grad_clip_norm": 1.0,
+                "moments_dtype": "float32",  # of the optimizer's moments between steps: float32, bfloat16
                 "non_finite_limit": 10,  # skipped steps in a row before the run stops
                 "router_bias_rate": 0.0,  # per step, against the experts' load
             },

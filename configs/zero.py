@@ -9,11 +9,14 @@ choice*.
 
 from ml_collections import ConfigDict
 
-from configs import ablations, base
+from configs import ablations, base, pods
 
 
-def get_config(ablation: str = "") -> ConfigDict:
-    """The embedded run; `ablation` names an entry of configs/ablations.py."""
+def get_config(variant: str = "") -> ConfigDict:
+    """The embedded run; `variant` names a model of configs/pods.py, an entry of configs/ablations.py or both (a+b)."""
+    model, _, ablation = variant.partition("+")
+    if model in pods.RUNS:
+        return ablations.apply(pods.apply(base.get_config(), model), ablation)
     config = base.get_config()
     config.cpu_devices = 2
     config.mesh.update({"data": -1, "fsdp": 1})
@@ -33,4 +36,4 @@ def get_config(ablation: str = "") -> ConfigDict:
     config.data.max_prompt_tokens = 32
     config.optim.update({"learning_rate": 8e-4, "schedule": "cosine", "decay_steps": 76})
     config.log.rollout_groups = 8
-    return ablations.apply(config, ablation)
+    return ablations.apply(config, variant)

@@ -194,6 +194,7 @@ def rl_loop(
                 weights = moves.to_decode(state["policy"])
             with clock("rollout"):
                 groups, at.cursor, drawn = _sample(moves, weights, stream, settings, at, limit)
+            del weights  # else they lie beside the updates
             seconds = clock.take()
             scalars = rollout_metrics(groups, drawn, limit, seconds["time/rollout_s"]) | seconds
             with clock("advantages"):

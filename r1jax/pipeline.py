@@ -200,7 +200,7 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(config, folder)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    layouts = sharding.layouts(mesh)
+    layouts = sharding.layouts(mesh, config.decode_mesh.to_dict())
 
     def policy_of(name: str) -> Policy:
         at = None if name == "base" else folder_at(run.model_folder(folder, name))

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 
-from r1jax import data, draw, grpo, held_out, hosts, loops, minibatches, optim, report, updates
+from r1jax import data, draw, grpo, held_out, hosts, loops, minibatches, optim, report, sharding, updates
 from r1jax.rollout import Group, collect, encode_prompts
 from r1jax.run import (
     ROLLOUT,
@@ -23,6 +24,7 @@ from r1jax.run import (
     optim_config,
     training_program,
 )
+from r1jax.slots import Verbs
 from r1jax.types import Example, Params
 
 
@@ -41,17 +43,66 @@ class General:
     check: Callable[[], None]
 
 
-def reinforce(run: Run, config: Config, policy: Policy, general: General | None = None) -> Policy:
-    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html."""
-    settings = loops.RlConfig(**{**config["rl"], "length_schedule": tuple(map(tuple, config["rl"]["length_schedule"]))})
-    objective = grpo.GrpoConfig(**config["grpo"])
-    optimizing = optim_config(config, settings.updates)
-    train, decode = run.layouts["train"], run.layouts["decode"]
-    prompts = config["data"]
-    key, max_prompt_tokens = jax.random.key(run.seed), prompts["max_prompt_tokens"]
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Everything jitted that the loop calls, and the settings that it was built by; r1jax.plan builds it too.
 
+    Attributes:
+        shape: of a minibatch.
+        update, score, to_decode: as in loops.Moves.
+    """
+
+    settings: loops.RlConfig
+    objective: grpo.GrpoConfig
+    optimizing: optim.OptimConfig
+    optimizer: Any
+    shape: minibatches.Shape
+    update: Callable
+    score: Callable
+    to_decode: Callable
+    verbs: Verbs
+
+
+def programs(config: Config, policy: Policy, layouts: dict[str, sharding.Layout]) -> Programs:
+    """The programs of a run; of the policy's weights only shapes are looked at.
+
+    Raises:
+        ValueError: a setting that cannot be, or lengths that do not fit into a row or into the policy's context.
+    """
+    rl, max_prompt_tokens = config["rl"], config["data"]["max_prompt_tokens"]
+    settings = loops.RlConfig(**{**rl, "length_schedule": tuple(map(tuple, rl["length_schedule"]))})
+    objective, optimizing = grpo.GrpoConfig(**config["grpo"]), optim_config(config, settings.updates)
+    train, decode = layouts["train"], layouts["decode"]
     longest = settings.longest + max_prompt_tokens
     check_lengths(policy, max_prompt_tokens, settings.longest, settings.row_tokens)
+    program = training_program(config, policy, train, temperature=settings.temperature)
+    row_tokens = settings.row_tokens or -(-longest // 128) * 128
+    n_rows = settings.microbatch_rows or -(-settings.prompts_per_update * settings.group_size * longest // row_tokens)
+    optimizer = optim.make_optimizer(optimizing, policy.params)
+    return Programs(
+        settings,
+        objective,
+        optimizing,
+        optimizer,
+        minibatches.Shape(
+            row_tokens,
+            -(-n_rows // train.size("rows")) * train.size("rows"),
+            settings.share_prompt,
+            replay=settings.router_replay and policy.config.n_moe > 0,
+        ),
+        update=partial(updates.make_rl_update(program, objective, optimizer, row_tokens + 1), frozen=policy.frozen),
+        score=partial(updates.make_score(program), frozen=policy.frozen),
+        to_decode=decode_layout(policy, decode, config["model"]["compute_dtype"]),
+        verbs=make_verbs(config, policy, decode, draw.DrawConfig(temperature=settings.temperature)),
+    )
+
+
+def reinforce(run: Run, config: Config, policy: Policy, general: General | None = None) -> Policy:
+    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html."""
+    made, prompts = programs(config, policy, run.layouts), config["data"]
+    settings, verbs = made.settings, made.verbs
+    key, max_prompt_tokens = jax.random.key(run.seed), prompts["max_prompt_tokens"]
+
     stream: data.PromptStream | data.Mixture
     stream = data.PromptStream(open_source(config, prompts["source"], prompts["split"]), run.seed)
     if general is not None:
@@ -59,16 +110,6 @@ def reinforce(run: Run, config: Config, policy: Policy, general: General | None 
     # Now rather than when its turn comes: a prompt that is too long.
     encode_prompts(stream.examples, prompts["template"], policy.tokenizer, max_prompt_tokens)
 
-    program = training_program(config, policy, train, temperature=settings.temperature)
-    row_tokens = settings.row_tokens or -(-longest // 128) * 128
-    replay = settings.router_replay and policy.config.n_moe > 0
-    n_rows = settings.microbatch_rows or -(-settings.prompts_per_update * settings.group_size * longest // row_tokens)
-    shape = minibatches.Shape(
-        row_tokens, -(-n_rows // train.size("rows")) * train.size("rows"), settings.share_prompt, replay
-    )
-    optimizer = optim.make_optimizer(optimizing, policy.params)
-
-    verbs = make_verbs(config, policy, decode, draw.DrawConfig(temperature=settings.temperature))
     with open_pool(config) as pool:
         problems = held_out.prepare(run, config, policy, pool, verbs, general.judge if general else None)
 
@@ -85,15 +126,9 @@ def reinforce(run: Run, config: Config, policy: Policy, general: General | None 
             if general:
                 general.check()
 
-        moves = loops.Moves(
-            sample=sample,
-            evaluate=evaluate,
-            update=partial(updates.make_rl_update(program, objective, optimizer, row_tokens + 1), frozen=policy.frozen),
-            score=partial(updates.make_score(program), frozen=policy.frozen),
-            to_decode=decode_layout(policy, decode, config["model"]["compute_dtype"]),
-        )
+        moves = loops.Moves(sample, evaluate, made.update, made.score, made.to_decode)
         params = loops.rl_loop(
-            run, policy, stream, moves, settings, objective, optimizing, optimizer, shape,
+            run, policy, stream, moves, settings, made.objective, made.optimizing, made.optimizer, made.shape,
             open_checkpoints(run, config["checkpoint"]), dict(config["log"]), config["eval"]["every"],
         )  # fmt: skip
     policy = export(run, policy, params)

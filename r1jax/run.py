@@ -15,7 +15,7 @@ from r1jax import checkpoint, data, hosts, metrics, optim, sharding, sources, up
 from r1jax.draw import DrawConfig
 from r1jax.folders import Folder
 from r1jax.model import convert, lora, transformer
-from r1jax.model.config import ModelConfig, Rope
+from r1jax.model.config import ModelConfig, Paths, Rope
 from r1jax.model.lora import Lora
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.table import check_examples
@@ -106,18 +106,24 @@ def random_params(config: ModelConfig, layout: sharding.Layout, seed: int) -> Pa
     return make(jax.random.key(seed))
 
 
-def training_state(
-    policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation
-) -> tuple[updates.State, updates.State]:
-    """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
+def state_like(policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation) -> updates.State:
+    """The training state as shapes with shardings, without making any."""
     scalar = layout.sharding()
     lies = param_shardings(policy.config, layout)
     if policy.lora is not None:  # small, so that every device holds them
         lies = jax.tree.map(lambda _: scalar, policy.params)
     lies = updates.state_shardings(lies, optimizer, policy.params, scalar)
-    state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
-    return state, like
+    shapes = jax.eval_shape(partial(updates.init_state, optimizer=optimizer), policy.params)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
+
+
+def training_state(
+    policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation
+) -> tuple[updates.State, updates.State]:
+    """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
+    like = state_like(policy, layout, optimizer)
+    lies = jax.tree.map(lambda a: a.sharding, like)
+    return jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params), like
 
 
 def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
@@ -131,7 +137,17 @@ def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callab
 
 
 def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
-    """Host arrays [M, B, T, ...] onto the mesh: to each host its devices' rows."""
+    """Host arrays [M, B, T, ...] onto the mesh: to each host its devices' rows.
+
+    Raises:
+        ValueError: rows that do not divide over the devices that hold a part of each.
+    """
+    (tokens,) = {a.shape[2] for a in batch.values()}
+    if tokens % (parts := layout.size("tokens")):
+        raise ValueError(
+            f"rows of {tokens} tokens do not divide over config.mesh.context ({parts}); change it or "
+            "config.rl.row_tokens, config.pretrain.row_tokens or config.sft.row_tokens"
+        )
     lies = {name: layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}
     return hosts.put(batch, lies)
 
@@ -150,6 +166,7 @@ def training_program(config: "Config", policy: Policy, layout: sharding.Layout, 
         compute_dtype=model["compute_dtype"],
         remat=model["remat"],
         scan_unroll=model["scan_unroll"],
+        paths=paths(config),
         router_bias_rate=config["optim"]["router_bias_rate"],
         lora=policy.lora,
         **more,
@@ -183,10 +200,15 @@ def open_pool(config: Config) -> RewardPool:
     return RewardPool(dict(config["rewards"]), **limits, paths=paths, sandbox_accepts=accepted)
 
 
+def paths(config: Config) -> Paths:
+    """How config.model has the model computed."""
+    return Paths(**{f.name: config["model"][f.name] for f in dataclasses.fields(Paths)})
+
+
 def make_verbs(config: Config, policy: Policy, layout: sharding.Layout, drawing: DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
     settings, dtype = SamplerConfig(**config["sampler"]), config["model"]["cache_dtype"]
-    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), dtype)
+    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), dtype, paths(config))
 
 
 def check_lengths(policy: Policy, prompt: int, completion: int, row: int = 0) -> None:

@@ -105,14 +105,12 @@ class _Loop:
             batches.setdefault(id(self.prefixes[request.prompt][0]), []).append((slot, request))
         for pairs in batches.values():
             prefix = self.prefixes[pairs[0][1].prompt][0]
-            is_filled, columns = np.zeros(size, bool), np.zeros((4, size), np.int32)
+            columns = np.zeros((4, size), np.int32)
+            columns[0] = -1
             for slot, r in pairs:
-                is_filled[slot] = True
                 columns[:, slot] = self.prefixes[r.prompt][1], r.prompt, r.member, self._limit(r)
             assert columns[0].max() < n_rows
-            self.slots, drawn = self.verbs.insert(
-                self.slots, prefix, jnp.asarray(is_filled), *map(jnp.asarray, columns), self.key
-            )
+            self.slots, drawn = self.verbs.insert(self.slots, prefix, *map(jnp.asarray, columns), self.key)
             tokens, logp = hosts.fetch(drawn.tokens)[0], hosts.fetch(drawn.logp)[0]
             for slot, r in pairs:
                 self.held[slot] = Completion(r.prompt, r.member, np.zeros(0, np.int32), np.zeros(0, np.float32), "")
@@ -161,14 +159,13 @@ class _Loop:
         fits = next(n for n in self.lengths if n >= min(need + self.verbs.config.tokens_per_dispatch, self.lengths[-1]))
         if fits < have:
             length = fits
-        size = len(self.held)
-        if not self.pending:
-            size = min(size, next(n for n in reversed(self.sizes) if n >= len(live)))
-        if (size, length) == (len(self.held), have):
+        keep = None if self.pending else self._fewer(live)
+        if keep is None and length == have:
             return
-        keep = (live + [-1] * size)[:size] if size < len(self.held) else list(range(size))
-        self.slots = self.verbs.resize(self.slots, jnp.asarray(keep, jnp.int32), length)
-        if size < len(self.held):
+        self.slots = self.verbs.resize(self.slots, None if keep is None else jnp.asarray(keep, jnp.int32), length)
+        if keep is not None:
+            each = len(self.held) // len(keep)
+            kept = [device * each + i if i >= 0 else -1 for device, mine in enumerate(keep) for i in mine]
             for name, empty in (
                 ("held", None),
                 ("tokens", []),
@@ -178,8 +175,20 @@ class _Loop:
                 ("limits", 0),
             ):
                 old = getattr(self, name)
-                setattr(self, name, [old[i] if i >= 0 else empty for i in keep])
-            self.cancel = np.array([self.cancel[i] if i >= 0 else False for i in keep])
+                setattr(self, name, [old[i] if i >= 0 else empty for i in kept])
+            self.cancel = np.array([self.cancel[i] if i >= 0 else False for i in kept])
+
+    def _fewer(self, live: list[int]) -> list[list[int]] | None:
+        """Which slots each device keeps of its own in the smallest batch that has room for them, -1 where it has more.
+
+        None where that is the batch at hand.
+        """
+        rows, size = self.verbs.layout.size("rows"), len(self.held)
+        each = size // rows
+        by_device = [[i % each for i in live if i // each == device] for device in range(rows)]
+        fullest = max(map(len, by_device))
+        smaller = next((n for n in reversed(self.sizes) if n < size and n // rows >= fullest), None)
+        return smaller and [(mine + [-1] * smaller)[: smaller // rows] for mine in by_device]
 
     def _generate(self) -> Iterator[Completion]:
         config, size = self.verbs.config, len(self.held)

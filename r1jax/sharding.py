@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax.types import Params
@@ -30,8 +31,9 @@ TRAIN: Rules = {
     "vocab": ("tensor",),
 }
 
-# Decoding: every step reads every weight, so none is gathered over fsdp; slots lie as rows do in training.
-DECODE: Rules = {**TRAIN, "tokens": (), "width": ()}
+# Decoding: every step reads every weight, so none is gathered over fsdp. Slots lie as rows do in training, and over
+# context as well, since a step has but one token of each.
+DECODE: Rules = {**TRAIN, "rows": ("data", "fsdp", "expert", "context"), "tokens": (), "width": ()}
 
 PHASES = {"train": TRAIN, "decode": DECODE}
 
@@ -55,6 +57,11 @@ class Layout:
     def size(self, axis: str) -> int:
         """Over how many devices a logical axis is spread."""
         return int(np.prod([self.mesh.shape[a] for a in self.rules.get(axis, ())], dtype=int))
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: tpu, gpu, cpu."""
+        return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The mesh axes of more than one device behind a logical axis."""
@@ -81,13 +88,46 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise ValueError(
             f"config.mesh {shape} does not multiply to the {len(devices)} devices at hand; change config.mesh.*"
         )
-    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
+    return _mesh(_placed(tuple(shape.values()), devices))
 
 
-def layouts(mesh: Mesh) -> dict[str, Layout]:
-    """The layouts of all phases over one mesh."""
-    return {phase: Layout(mesh, rules) for phase, rules in PHASES.items()}
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _placed(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices so ordered that neighbours on a mesh axis are neighbours on the interconnect, where that is known."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    # Axes seldom are whole dimensions of a torus: each may take a part of one.
+    options = {"allow_split_physical_axes": devices[0].platform == "tpu"}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **options)
+    if shape[0] % slices:
+        raise ValueError(
+            f"config.mesh.data is {shape[0]}, but only the axis data may lie across slices, and there are {slices}; "
+            f"make config.mesh.data a multiple of {slices}"
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    across = (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **options)
+
+
+def layouts(mesh: Mesh, decode: Mapping[str, int] | None = None) -> dict[str, Layout]:
+    """The layouts of all phases over one mesh, or with other sizes of the axes for decoding (0 everywhere: the same).
+
+    Raises:
+        ValueError: sizes that do not multiply to the mesh's devices (config.decode_mesh.*).
+    """
+    other = {axis: int(n) for axis, n in (decode or {}).items() if n}
+    if not other:
+        return {phase: Layout(mesh, rules) for phase, rules in PHASES.items()}
+    shape = tuple(other.get(axis, 1) for axis in AXES)
+    if min(shape) < 1 or int(np.prod(shape)) != mesh.size:
+        sizes = dict(zip(AXES, shape, strict=True))
+        raise ValueError(f"config.decode_mesh {sizes} does not multiply to the {mesh.size} devices of config.mesh")
+    # The same devices in the same order: so weights go from one mesh to the other within a program.
+    meshes = {"train": mesh, "decode": _mesh(mesh.devices.reshape(shape))}
+    return {phase: Layout(meshes[phase], rules) for phase, rules in PHASES.items()}
 
 
 _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -107,6 +147,18 @@ def current() -> Layout | None:
     """The layout in force, or None on a single device."""
     layout = _current.get()
     return layout if layout is not None and layout.mesh.size > 1 else None
+
+
+def platform() -> str:
+    """What the computation is traced for: the mesh in force decides, else what jax finds."""
+    layout = _current.get()
+    return jax.default_backend() if layout is None else layout.platform
+
+
+def device_kind() -> str:
+    """Of what is computed for, in the maker's words: "TPU v5 lite" is a v5e, "TPU v5" a v5p."""
+    layout = _current.get()
+    return (jax.devices() if layout is None else layout.mesh.devices.flat)[0].device_kind
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

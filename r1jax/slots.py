@@ -5,6 +5,7 @@ A slot holds one completion. `generate` comes back early when enough slots are f
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from r1jax import sharding
 from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
-from r1jax.model import transformer
-from r1jax.model.config import ModelConfig
+from r1jax.model import mla, transformer
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
+from r1jax.model.layers import pad_last
 from r1jax.types import Params
 
 
@@ -27,11 +29,14 @@ class SamplerConfig:
     cache_bucket: int = 64  # the smallest cache length; the next ones are each half as long again
     prefill_prompts: int = 32  # prompts computed at once
     refill_share: float = 0.125  # share of free slots at which generate comes back to be refilled
+    attention: str = "auto"  # how the cache is read: plain, kernel (TPU; latent attention), auto: what the device has
 
     def __post_init__(self) -> None:
         for key in ("slots", "tokens_per_dispatch", "cache_bucket", "prefill_prompts"):
             if getattr(self, key) < 1:
                 raise ValueError(f"config.sampler.{key} is {getattr(self, key)}, wanted 1 or more")
+        if self.attention not in ("auto", *mla.READ):
+            raise ValueError(f"config.sampler.attention is {self.attention!r}, wanted auto, {', '.join(mla.READ)}")
         if not 0 < self.refill_share <= 1:
             raise ValueError(f"config.sampler.refill_share is {self.refill_share}, wanted above 0 and at most 1")
 
@@ -72,6 +77,27 @@ class Drawn:
     experts: Array | None
 
 
+def _reading(model: ModelConfig, config: SamplerConfig, layout: sharding.Layout) -> tuple[str, int]:
+    """How the cache is read, and of how many values its width is a multiple."""
+    path = config.attention
+    if path == "auto":
+        path = "kernel" if model.attention == "mla" and layout.platform == "tpu" else "plain"
+    if path == "plain":
+        return path, 1
+    if model.attention != "mla":
+        raise ValueError(
+            "config.sampler.attention is 'kernel', which reads latent caches, but this policy's attention is "
+            f"{model.attention!r}: take 'auto' or 'plain'"
+        )
+    from r1jax.model.kernels.mla_decode import LANES
+
+    return path, LANES
+
+
+def _whole_lanes(a: Float[Array, "*n d"], lanes: int) -> Float[Array, "*n w"]:
+    return pad_last(a, -(-a.shape[-1] // lanes) * lanes)
+
+
 class Verbs:
     """The jitted functions for one policy architecture and one way of drawing."""
 
@@ -83,16 +109,19 @@ class Verbs:
         layout: sharding.Layout,
         stop_ids: Sequence[int],
         cache_dtype: DTypeLike = jnp.float32,
+        paths: Paths = DEFAULT_PATHS,
     ) -> None:
         rows = layout.size("rows")
         for key in ("slots", "prefill_prompts"):
             if getattr(config, key) % rows:
                 raise ValueError(
                     f"config.sampler.{key} ({getattr(config, key)}) must be a multiple of the {rows} devices of "
-                    "config.mesh.data x fsdp x expert"
+                    "config.mesh.data x fsdp x expert x context"
                 )
         self.model, self.config, self.drawing, self.layout = model, config, drawing, layout
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self.paths = cache_dtype, paths
+        self.path, lanes = _reading(model, config, layout)
+        self._width = partial(_whole_lanes, lanes=lanes)
         self.stop_ids = frozenset(stop_ids)
         self._stop_ids = jnp.asarray(sorted(stop_ids), jnp.int32)
         self.length_axis = transformer.ATTENTION[model.attention].LENGTH_AXIS
@@ -124,7 +153,9 @@ class Verbs:
         with sharding.use(self.layout):
             return self._lay(
                 Slots(
-                    cache=transformer.empty_cache(self.model, slots, length, self.cache_dtype),
+                    cache=jax.tree.map(
+                        self._width, transformer.empty_cache(self.model, slots, length, self.cache_dtype)
+                    ),
                     token=zeros(),
                     position=zeros(),
                     drawn=zeros(),
@@ -138,47 +169,53 @@ class Verbs:
         """Reads prompts, padded on the right."""
         with sharding.use(self.layout):
             segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-            out = transformer.hidden(params, self.model, tokens, segments=segments, keep=("cache", "experts"))
+            out = transformer.hidden(
+                params, self.model, tokens, segments=segments, keep=("cache", "experts"), paths=self.paths
+            )
             last = jnp.take_along_axis(out.x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-            cache = jax.tree.map(lambda a: a.astype(self.cache_dtype), out.cache)
+            cache = jax.tree.map(lambda a: self._width(a.astype(self.cache_dtype)), out.cache)
             return Prefix(cache, transformer.logits(params, last), lengths, out.experts)
 
     def _insert(
         self,
         slots: Slots,
         prefix: Prefix,
-        is_filled: Bool[Array, "B"],
         source: Int[Array, "B"],
         prompts: Int[Array, "B"],
         members: Int[Array, "B"],
         limits: Int[Array, "B"],
         rollout_key: Array,
     ) -> tuple[Slots, Drawn]:
-        """Copies prefix `source[i]` into slot i where `is_filled` and draws its first token.
+        """Copies prefix `source[i]` into slot i (negative: leaves it alone) and draws its first token.
 
-        A choice for every slot rather than a scatter into some: several times as fast, and no row leaves its device.
+        Said by slot, so that each device needs nothing of another but the prompts that were read.
         """
         with sharding.use(self.layout):
+            is_new, read = source >= 0, jnp.maximum(source, 0)
             keys = sample_keys(rollout_key, prompts, members)
-            token, logp = draw(prefix.logits[source], uniforms(keys, jnp.zeros_like(source)), self.drawing)
+            last = sharding.constrain(prefix.logits, None, "vocab")[read]
+            last = sharding.constrain(last, "rows", "vocab")
+            token, logp = draw(last, uniforms(keys, jnp.zeros_like(source)), self.drawing)
+            axes = transformer.ATTENTION[self.model.attention].CACHE_AXES
 
-            def choose(new: Array, old: Array) -> Array:
-                return jnp.where(is_filled.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+            def where_new(new: Array, old: Array) -> Array:
+                return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-            def put(cache: Array, new: Array) -> Array:
-                read = jax.lax.slice_in_dim(cache, 0, new.shape[self.length_axis], axis=self.length_axis)
-                return jax.lax.dynamic_update_slice(cache, choose(new[source], read), (0,) * cache.ndim)
+            def put(path: tuple, cache: Array, new: Array) -> Array:
+                new = sharding.constrain(new, None, *axes[path[-1].key][1:])[read]
+                old = jax.lax.slice_in_dim(cache, 0, new.shape[self.length_axis], axis=self.length_axis)
+                return jax.lax.dynamic_update_slice_in_dim(cache, where_new(new, old), 0, self.length_axis)
 
             slots = Slots(
-                cache=jax.tree.map(put, slots.cache, prefix.cache),
-                token=choose(token, slots.token),
-                position=choose(prefix.lengths[source], slots.position),
-                drawn=choose(jnp.ones_like(source), slots.drawn),
-                limit=choose(limits, slots.limit),
-                is_free=choose(jnp.isin(token, self._stop_ids) | (limits <= 1), slots.is_free),
-                keys=choose(keys, slots.keys),
+                cache=jax.tree_util.tree_map_with_path(put, slots.cache, prefix.cache),
+                token=where_new(token, slots.token),
+                position=where_new(prefix.lengths[read], slots.position),
+                drawn=where_new(jnp.ones_like(source), slots.drawn),
+                limit=where_new(limits, slots.limit),
+                is_free=where_new(jnp.isin(token, self._stop_ids) | (limits <= 1), slots.is_free),
+                keys=where_new(keys, slots.keys),
             )
-            return self._lay(slots), Drawn(token[None], logp[None], is_filled[None], None)
+            return self._lay(slots), Drawn(token[None], logp[None], is_new[None], None)
 
     def _generate(
         self, params: Params, slots: Slots, cancel: Bool[Array, "B"], steps: Int[Array, ""], enough: Int[Array, ""]
@@ -200,9 +237,11 @@ class Verbs:
 
             def body(carry: tuple) -> tuple:
                 step, s, out = carry
-                x, cache, experts = transformer.decode_step(params, self.model, s.token, s.cache, s.position)
-                token, logp = draw(transformer.logits(params, x), uniforms(s.keys, s.drawn), self.drawing)
                 live = ~s.is_free
+                x, cache, experts = transformer.decode_step(
+                    params, self.model, s.token, s.cache, s.position, live, self.path, self.paths
+                )
+                token, logp = draw(transformer.logits(params, x), uniforms(s.keys, s.drawn), self.drawing)
                 out = Drawn(
                     tokens=out.tokens.at[step].set(token),
                     logp=out.logp.at[step].set(logp),
@@ -225,20 +264,27 @@ class Verbs:
             _, slots, drawn = jax.lax.while_loop(more, body, (jnp.int32(0), self._lay(start), drawn))
             return slots, drawn
 
-    def _resize(self, slots: Slots, keep: Int[Array, "B"], length: int) -> Slots:
-        """The slots numbered in `keep` (-1: a free one), with another cache length."""
+    def _resize(self, slots: Slots, keep: Int[Array, "R n"] | None, length: int) -> Slots:
+        """The slots with another cache length, of each device's those numbered in `keep` (-1: a free one; None: all).
+
+        R devices hold slots; each keeps some of its own, since the caches of all are more than a device can hold.
+        """
         with sharding.use(self.layout):
 
+            def take(a: Array) -> Array:
+                if keep is None:
+                    return a
+                # Mapped over devices and not indexed by them: so the partitioner sees that nothing has to move.
+                parts = a.reshape(keep.shape[0], -1, *a.shape[1:])
+                return jax.vmap(lambda part, kept: part[kept])(parts, jnp.maximum(keep, 0)).reshape(-1, *a.shape[1:])
+
             def cut(a: Array) -> Array:
-                a = a[jnp.maximum(keep, 0)]
+                a = take(a)
                 change = length - a.shape[self.length_axis]
                 pad = [(0, max(change, 0) if axis == self.length_axis else 0) for axis in range(a.ndim)]
                 return jax.lax.slice_in_dim(jnp.pad(a, pad), 0, length, axis=self.length_axis)
 
-            rest = {
-                f.name: getattr(slots, f.name)[jnp.maximum(keep, 0)]
-                for f in dataclasses.fields(slots)
-                if f.name != "cache"
-            }
-            rest["is_free"] = rest["is_free"] | (keep < 0)
+            rest = {f.name: take(getattr(slots, f.name)) for f in dataclasses.fields(slots) if f.name != "cache"}
+            if keep is not None:
+                rest["is_free"] = rest["is_free"] | (keep.reshape(-1) < 0)
             return self._lay(Slots(cache=jax.tree.map(cut, slots.cache), **rest))

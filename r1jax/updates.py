@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from r1jax import grpo, optim, sharding
 from r1jax.model import transformer
-from r1jax.model.config import ModelConfig
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.lora import Lora, adapt, merge
 from r1jax.types import Params
 
@@ -38,6 +38,7 @@ class Program:
     temperature: float = 1.0
     router_bias_rate: float = 0.0
     mtp_weight: float = 0.0
+    paths: Paths = DEFAULT_PATHS
     lora: Lora | None = None  # then what is trained are adapters of frozen weights
 
 
@@ -86,6 +87,7 @@ def _run(program: Program, weights: Params, micro: Batch) -> transformer.Hidden:
         keep=("load",),
         remat=program.remat,
         unroll=program.scan_unroll,
+        paths=program.paths,
     )
 
 
@@ -238,7 +240,7 @@ def make_sft_update(
             if config.num_nextn_predict_layers and program.mtp_weight:
                 ahead = _following(micro)
                 x, load = transformer.next_token_hidden(
-                    weights, config, out.x, micro["targets"], micro["positions"], micro["segments"]
+                    weights, config, out.x, micro["targets"], micro["positions"], micro["segments"], program.paths
                 )
                 logp, _ = transformer.token_logps(weights, x, ahead["targets"])
                 mtp = -jnp.where(ahead["counted"], logp, 0.0).sum()

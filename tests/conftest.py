@@ -6,7 +6,10 @@ import tempfile
 
 # All of this has to be set before jax is imported; subprocesses of the tests inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={os.environ.get('R1JAX_TEST_DEVICES', '8')}"
+)
 
 # What one test or run compiled, another one takes from there: that halves the time of most files that use jax.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/r1jax-tests-{os.getuid()}")

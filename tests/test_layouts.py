@@ -1,7 +1,12 @@
 """Laws of the mesh: every layout computes what one device computes, and an impossible one names the key to change."""
 
 import dataclasses
+import itertools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -13,7 +18,7 @@ from tiny import DEEPSEEK, QWEN, QWEN_MOE, jit, made_sample, random_completion, 
 
 from r1jax import grpo, hosts, minibatches, run, sharding, updates
 from r1jax.draw import DrawConfig
-from r1jax.model.config import ModelConfig
+from r1jax.model.config import ModelConfig, Paths
 from r1jax.sampler import sample
 from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Params, Request
@@ -26,19 +31,24 @@ DESCENT = optax.sgd(1.0)  # the parameters move by the gradient itself
 # Partitioned programs take seconds to compile: one dense layer and one mixture are enough of each.
 MLA = dataclasses.replace(DEEPSEEK, num_hidden_layers=2)
 EACH_AXIS = [{axis: 2} for axis in sharding.AXES]
-UPDATES = [(MLA, sizes) for sizes in [*EACH_AXIS[1:], {"expert": 2, "context": 2, "tensor": 2}]] + [
-    (QWEN, sizes) for sizes in [{"data": 2}, {"data": 2, "fsdp": 2, "tensor": -1}]
-]
-# Decoding knows neither context nor fsdp as axes of its own: rows lie over fsdp as over data.
-SAMPLINGS = [(MLA, sizes) for sizes in [{"expert": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]] + [
-    (QWEN, sizes) for sizes in [{"data": 2, "fsdp": 2, "tensor": -1}]
-]
+PAIRS = [{a: 4, b: 2} for a, b in itertools.combinations(sharding.AXES, 2)]
+THREE = [{"expert": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+ALL_FIVE = dict.fromkeys(sharding.AXES, 2)  # takes 32 devices
+UPDATES = [(MLA, sizes) for sizes in [*EACH_AXIS[1:], THREE[0]]] + [(QWEN, sizes) for sizes in [{"data": 2}, THREE[1]]]
+# Decoding knows neither context nor fsdp as axes of its own: rows lie over them as over data.
+SAMPLINGS = [(MLA, sizes) for sizes in [{"expert": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]] + [(QWEN, THREE[1])]
 
 
 def and_slowly_the_rest(quick: list[tuple]) -> list:
-    """All single axes for both policies, those that are not among the quick cases marked slow."""
-    every = [(config, sizes) for config in (MLA, QWEN) for sizes in EACH_AXIS]
+    """All layouts for both policies, those that are not among the quick cases marked slow."""
+    every = [(config, sizes) for config in (MLA, QWEN) for sizes in [*EACH_AXIS, *PAIRS, *THREE, ALL_FIVE]]
     return quick + [pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in quick]
+
+
+def paths_of(mesh: jax.sharding.Mesh) -> Paths:
+    """Of experts, single axes take one way and mixtures the other."""
+    mixed = sum(n > 1 for n in mesh.shape.values()) > 1
+    return Paths(expert_exchange="all_to_all" if mixed else "gather")
 
 
 def name(value: ModelConfig | dict) -> str:
@@ -46,24 +56,27 @@ def name(value: ModelConfig | dict) -> str:
 
 
 def mesh_of(sizes: dict[str, int]) -> jax.sharding.Mesh:
-    """Two devices for one axis, all eight for more."""
-    return sharding.make_mesh(sizes, jax.devices()[: 8 if len(sizes) > 1 else 2])
+    """Two devices for one axis, eight for two or three, more where there are more."""
+    n = int(np.prod(list(sizes.values())))
+    if n > jax.device_count():
+        pytest.skip(f"takes {n} devices: R1JAX_TEST_DEVICES={n}, as test_all_five_axes_at_once does")
+    return sharding.make_mesh(sizes, jax.devices()[:n])
 
 
 def minibatch(config: ModelConfig) -> tuple[dict[str, np.ndarray], int]:
     rng = np.random.default_rng(0)
-    lengths = np.random.default_rng(1).integers(1, LIMIT + 1, (len(PROMPTS), 8))
+    lengths = np.random.default_rng(1).integers(1, LIMIT + 1, (len(PROMPTS), 16))
     completions = [
         random_completion(config, rng, i, member, len(PROMPTS[i]), int(n)) for (i, member), n in np.ndenumerate(lengths)
     ]
     items = [minibatches.Trained(made_sample(PROMPTS[c.prompt], c), float(rng.normal()), True) for c in completions]
-    shape = minibatches.Shape(row_tokens=24, rows=4, share_prompt=True, replay=config.n_moe > 0)
+    shape = minibatches.Shape(row_tokens=24, rows=8, share_prompt=True, replay=config.n_moe > 0)
     return minibatches.pack(items, shape, grpo.GrpoConfig(), LIMIT)
 
 
 def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[str, Any]:
     """Record and gradient of one RL update."""
-    program = updates.Program(config, layout, router_bias_rate=0.01)
+    program = updates.Program(config, layout, router_bias_rate=0.01, paths=paths_of(layout.mesh))
     update = jit(updates.make_rl_update(program, grpo.GrpoConfig(kl_coef=0), DESCENT, 25))
     policy = run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, None)
     state, _ = run.training_state(policy, layout, DESCENT)
@@ -78,8 +91,9 @@ def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dic
 
 def sampled(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[tuple[int, int], Any]:
     """Tokens and log-probabilities of eight completions."""
-    sizes = SamplerConfig(slots=8, tokens_per_dispatch=LIMIT, cache_bucket=32, prefill_prompts=4)
-    verbs = Verbs(config, sizes, DrawConfig(), layout, [7])
+    slots = max(8, layout.size("rows"))
+    sizes = SamplerConfig(slots=slots, tokens_per_dispatch=LIMIT, cache_bucket=32, prefill_prompts=slots)
+    verbs = Verbs(config, sizes, DrawConfig(), layout, [7], paths=paths_of(layout.mesh))
     verbs.prefill, verbs.insert, verbs.generate = jit(verbs.prefill), jit(verbs.insert), jit(verbs.generate)
     weights = sharding.reshard(params, run.param_shardings(config, layout))
     requests = [Request(i, member, ids) for i, ids in enumerate(PROMPTS) for member in range(4)]
@@ -118,6 +132,16 @@ def test_sampled_tokens_are_one_devices(config: ModelConfig, sizes: dict, alone:
         np.testing.assert_array_equal(completion.tokens, want[key].tokens)
         np.testing.assert_allclose(completion.logp, want[key].logp, **COMPOSED)
         np.testing.assert_array_equal(completion.experts, want[key].experts)
+
+
+@pytest.mark.slow
+def test_all_five_axes_at_once() -> None:
+    laws = (test_an_update_is_one_devices, test_sampled_tokens_are_one_devices)
+    cases = [f"{__file__}::{law.__name__}[{name(c)}-{name(ALL_FIVE)}]" for law in laws for c in (MLA, QWEN)]
+    command = [sys.executable, "-m", "pytest", "-q", "--slow", "-p", "no:cacheprovider", *cases]
+    env, root = os.environ | {"R1JAX_TEST_DEVICES": "32"}, pathlib.Path(__file__).parent.parent
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
+    assert re.search(r"^4 passed", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.parametrize("config", [MLA, QWEN], ids=name)
@@ -162,6 +186,12 @@ def test_resharding_keeps_every_bit_and_gathers_what_decoding_reads() -> None:
 def test_an_impossible_mesh_names_the_key(sizes: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sharding.make_mesh(sizes)
+
+
+def test_rows_that_do_not_divide_name_the_key() -> None:
+    layout = sharding.layouts(mesh_of({"context": 2}))["train"]
+    with pytest.raises(ValueError, match=r"rows of 25 tokens do not divide over config.mesh.context \(2\); change it"):
+        run.put_rows({"tokens": np.zeros((1, 4, 25), np.int32)}, layout)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny import DEEPSEEK, QWEN, QWEN_MOE, jit, random_params
 
-from r1jax.model import layers, mla, transformer
+from r1jax.model import layers, mla, transformer, vocabulary
 from r1jax.model.config import ModelConfig, Rope
-from r1jax.model.moe import expert_load, experts_local, moe, route
+from r1jax.model.experts import experts_local, experts_some
+from r1jax.model.moe import expert_load, moe, route
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 COMPOSED = {"rtol": 1e-4, "atol": 1e-4}
@@ -68,7 +69,7 @@ def test_absorbed_attention_is_expanded_attention(q_lora_rank: int | None) -> No
         ones = jnp.ones((2, 9), jnp.int32)
         expanded, kept = mla.attention(p, config, x, positions, layers.attention_mask(ones, ones))
         cache = {"latent": jnp.full((2, 12, config.cache_width), 9.0).at[:, :8].set(kept["latent"][:, :8])}
-        absorbed, cache = mla.decode(p, config, x[:, 8], cache, jnp.full(2, 8))
+        absorbed, cache = mla.decode(p, config, x[:, 8], cache, jnp.full(2, 8), jnp.full(2, 9))
         return expanded[:, 8], absorbed, kept["latent"][:, 8], cache["latent"][:, 8]
 
     expanded, absorbed, want_kept, kept = both(p, x)
@@ -184,8 +185,9 @@ def test_router_bias_and_choice_carry_no_gradient_but_gates_do() -> None:
     assert np.abs(grads["router"][:, [0, 5]]).min() > 0 and not np.any(np.delete(grads["router"], [0, 5], axis=1))
 
 
+@pytest.mark.parametrize("room", [None, 24, 200])
 @pytest.mark.parametrize("assignment", ["even", "all to one", "some elsewhere"])
-def test_dispatch_and_its_gradient_are_a_dense_sum_over_experts(assignment: str) -> None:
+def test_dispatch_and_its_gradient_are_a_dense_sum_over_experts(assignment: str, room: int | None) -> None:
     n, k, experts = 128, 2, 4  # enough for blocks larger than the smallest
     rng = np.random.default_rng(0)
     ids = rng.permuted(np.tile(np.arange(experts), (n, 1)), axis=1)[:, :k]
@@ -203,7 +205,9 @@ def test_dispatch_and_its_gradient_are_a_dense_sum_over_experts(assignment: str)
     out = normal(6, n, 6)
 
     def dispatched(x, gates, *w):
-        return (experts_local(x, jnp.asarray(ids), gates, *w) * out).sum()
+        if room is None:
+            return (experts_local(x, jnp.asarray(ids), gates, *w) * out).sum()
+        return (experts_some(x, jnp.asarray(ids), gates, w, room) * out).sum()
 
     def dense(x, gates, gate, up, down):
         h = jax.nn.silu(jnp.einsum("nd,edf->enf", x, gate)) * jnp.einsum("nd,edf->enf", x, up)
@@ -241,7 +245,7 @@ def test_token_logps_in_blocks_are_the_log_softmax(
         of_target = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
         return (of_target * weights).sum(), (of_target, -(jnp.exp(logp) * logp).sum(-1))
 
-    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", 3 * 2 * 40)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 3 * 2 * 40)
     assert "while" in jit(blocked).lower(params, x).as_text()
     (_, got), got_gradient = jit(jax.value_and_grad(blocked, argnums=(0, 1), has_aux=True))(params, x)
     (_, want), want_gradient = jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))(params, x)
@@ -270,7 +274,9 @@ def test_attention_in_blocks_is_attention(t: int) -> None:
     mask = np.tril(np.ones((t, t), bool)) & (
         (segments[:, :, None] == segments[:, None]) | (parents[:, :, None] == segments[:, None])
     )
-    got = jit(lambda q, k, v, *of: layers.attend(q, k, v, layers.attention_mask(*of), 0.5))(q, k, v, segments, parents)
+    got = jit(lambda q, k, v, *of: layers.attend(q, k, v, layers.attention_mask(*of).whole, 0.5))(
+        q, k, v, segments, parents
+    )
     scores = np.where(mask[:, None, None], np.einsum("btkgh,bskh->bkgts", q, k) * 0.5, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     want = np.einsum("bkgts,bskw->btkgw", weights / weights.sum(-1, keepdims=True), v)

@@ -164,6 +164,21 @@ def test_moments_are_float32_and_parameters_keep_their_dtype():
     assert (params["embed"].dtype, params["norm"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
+def test_moments_in_bfloat16_make_nearly_the_same_steps():
+    params, ran = tree(0), {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = optim.make_optimizer(dataclasses.replace(CONFIG, moments_dtype=dtype), params)
+        step = jax.jit(functools.partial(optim.apply, optimizer))
+        now, state = params, optim.init(optimizer, params)
+        for seed in range(1, 6):
+            now, state, _ = step(now, state, tree(seed), jnp.float32(1))
+        moments = [a for a in jax.tree.leaves(state.moments) if a.ndim]
+        assert {str(a.dtype) for a in moments} == {dtype}
+        ran[dtype] = now
+    far = [np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(ran[d]) for d in ran), strict=True)]
+    assert 0 < max(far) < 0.01  # of five steps of 0.1
+
+
 def test_state_like_puts_a_parameters_leaf_where_its_moments_are():
     optimizer, _ = start()
     state = optim.init(optimizer, tree(0))

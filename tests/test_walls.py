@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Imports point down this list only. A package is one entry; its files may import one another, except stages.
 ORDER = [
     "ablate",
+    "plan",
     "main",
     "export",
     "pipeline",
@@ -56,7 +57,6 @@ ORDER = [
     "report",
     "curves",
     "run_folder",
-    "plan",
     "model",
     "sharding",
     "hosts",

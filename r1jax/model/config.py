@@ -25,6 +25,30 @@ class Rope:
     truncate: bool = True
 
 
+ATTENTION_PATHS = ("auto", "whole", "blocks", "kernel")
+EXPERT_EXCHANGES = ("gather", "all_to_all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """How a model is computed, which changes nothing of what: a choice for the run and its devices."""
+
+    # Over rows: scores of whole rows at once, in blocks, or by the TPU kernel; auto takes what row and device call for.
+    attention: str = "auto"
+    expert_exchange: str = "gather"  # how tokens reach experts on other devices (model/exchange.py)
+    expert_slack: float = 1.5  # room for what comes from there, in multiples of the mean
+
+    def __post_init__(self) -> None:
+        for key, choices in (("attention", ATTENTION_PATHS), ("expert_exchange", EXPERT_EXCHANGES)):
+            if (value := getattr(self, key)) not in choices:
+                raise ValueError(f"config.model.{key} is {value!r}, wanted one of {', '.join(choices)}")
+        if not self.expert_slack > 0:
+            raise ValueError(f"config.model.expert_slack is {self.expert_slack}, wanted above 0")
+
+
+DEFAULT_PATHS = Paths()
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes the mathematics; nothing about devices, batches or training."""

@@ -3,10 +3,23 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from r1jax.model import long_rows
 from r1jax.model.config import ModelConfig
-from r1jax.model.layers import attend, attend_cache, ones, rms_norm, rope_angles, rotate, weight, write_cache, zeros
+from r1jax.model.layers import (
+    Mask,
+    attend,
+    attend_cache,
+    ones,
+    rms_norm,
+    rope_angles,
+    rotate,
+    weight,
+    write_cache,
+    zeros,
+)
+from r1jax.model.long_rows import Source
 from r1jax.sharding import constrain
 
 Cache = dict[str, Array]  # k, v: [L, B, K, S, h]
@@ -44,27 +57,39 @@ def _project(
 
 
 def attention(
-    p: dict, config: ModelConfig, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+    p: dict, config: ModelConfig, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer over whole rows; also returns what the cache keeps of each token, [B, K, T, h]."""
     q, k, v = _project(p, config, x, positions)
     b, t, heads, h = q.shape
     q = constrain(q, "rows", "tokens", "heads", None)
     grouped = q.reshape(b, t, config.num_key_value_heads, -1, h)
-    out = attend(grouped, k, v, mask, h**-0.5).reshape(b, t, heads, h)
+    if mask.whole is None:
+        axes = (("rows", "tokens", "kv_heads", None),) * 2
+        out = long_rows.attend(grouped, Source((k, v), axes, (), (), lambda k, v: (k, v)), mask, h**-0.5)
+    else:
+        out = attend(grouped, k, v, mask.whole, h**-0.5)
+    out = out.reshape(b, t, heads, h)
     return jnp.einsum("bthd,hdw->btw", out, p["o"]), {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
 
 
 def decode(
-    p: dict, config: ModelConfig, x: Float[Array, "B D"], cache: Cache, positions: Int[Array, "B"]
+    p: dict,
+    config: ModelConfig,
+    x: Float[Array, "B D"],
+    cache: Cache,
+    positions: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    path: str = "plain",
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """One new token per slot: writes its key and value at `positions` and reads the cache up to there."""
+    """One new token per slot: writes its key and value at `positions` and reads the first `lengths` of the cache."""
+    assert path == "plain"
     q, k, v = _project(p, config, x, positions)
     keys, values = (write_cache(cache[name], new, positions, LENGTH_AXIS) for name, new in (("k", k), ("v", v)))
     b, heads, h = q.shape
     kv = config.num_key_value_heads
     scores = jnp.einsum("bkgh,bksh->bkgs", q.reshape(b, kv, -1, h), keys, preferred_element_type=jnp.float32)
-    weights = attend_cache(scores.reshape(b, heads, -1), positions + 1, h**-0.5, values.dtype)
+    weights = attend_cache(scores.reshape(b, heads, -1), lengths, h**-0.5, values.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights.reshape(b, kv, heads // kv, -1), values).reshape(b, heads, h)
     return jnp.einsum("bhd,hdw->bw", out.astype(x.dtype), p["o"]), {"k": keys, "v": values}
 

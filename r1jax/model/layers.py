@@ -4,6 +4,7 @@ Modules declare shapes and logical axes (Flax NNX); functions compute on the pla
 1910.07467, SwiGLU 2002.05202, RoPE 2104.09864, YaRN 2309.00071, Llama 3's frequency scaling from its released code.
 """
 
+import dataclasses
 import math
 from functools import partial
 
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig, Rope
-from r1jax.sharding import constrain
+from r1jax.sharding import constrain, current, platform
 
 
 def weight(
@@ -136,11 +137,37 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention_mask(segments: Int[Array, "B T"], parents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True where query t may read key s: s <= t, and s lies in t's own segment or in its prompt's."""
-    causal = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Query t may read key s: s <= t, and s lies in t's own segment or in its parent, its prompt's.
+
+    `whole` says so for every pair; without it attention works through blocks of the row (model/long_rows.py).
+    """
+
+    segments: Int[Array, "B T"]
+    parents: Int[Array, "B T"]
+    path: str
+    whole: Bool[Array, "B T T"] | None
+
+
+# Longest row whose scores are taken all at once where nothing else is asked for: 16 MB a head.
+WHOLE_TOKENS = 2048
+
+
+def attention_mask(segments: Int[Array, "B T"], parents: Int[Array, "B T"], path: str = "auto") -> Mask:
+    """Who may read whom; `path` is one of Paths.attention.
+
+    Taken by "auto": on TPU the kernel, elsewhere blocks for rows that are long or split over devices.
+    """
+    layout, tokens = current(), segments.shape[1]
+    if path == "auto":
+        is_split = layout is not None and layout.size("tokens") > 1
+        path = "kernel" if platform() == "tpu" else "blocks" if is_split or tokens > WHOLE_TOKENS else "whole"
+    if path != "whole":
+        return Mask(segments, parents, path, None)
+    causal = jnp.tril(jnp.ones((tokens,) * 2, bool))
     keys = segments[:, None, :]
-    return causal & ((segments[:, :, None] == keys) | (parents[:, :, None] == keys))
+    return Mask(segments, parents, path, causal & ((segments[:, :, None] == keys) | (parents[:, :, None] == keys)))
 
 
 # Queries are taken in at most this many blocks, each of which reads only the keys up to its own end: for causal rows
@@ -216,6 +243,12 @@ def write_cache(
 
     # Mapped over slots and not indexed by them: so the partitioner sees that no device needs another's.
     return jax.vmap(one)(cache, new.astype(cache.dtype), positions)
+
+
+def pad_last(x: Float[Array, "*n d"], width: int) -> Float[Array, "*n w"]:
+    """Zeros behind the last axis, up to `width`."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def attend_cache(

@@ -4,17 +4,23 @@ Training expands keys and values from the latent. Decoding absorbs the expansion
 the cache holds one latent and one rotary key per token: 576 values for DeepSeek-V3, not 32,768.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from r1jax import sharding
+from r1jax.model import long_rows
 from r1jax.model.config import ModelConfig
 from r1jax.model.layers import (
+    Mask,
     attend,
     attend_cache,
     ones,
+    pad_last,
     rms_norm,
     rope_angles,
     rotate,
@@ -22,6 +28,7 @@ from r1jax.model.layers import (
     write_cache,
     yarn_mscale,
 )
+from r1jax.model.long_rows import Source
 from r1jax.sharding import constrain
 
 Cache = dict[str, Array]  # of a layer: latent [B, S, c + r], the normalised latent, then the rotated key
@@ -75,37 +82,88 @@ def _latent(
 
 
 def attention(
-    p: dict, config: ModelConfig, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+    p: dict, config: ModelConfig, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer over whole rows, expanded; also returns what the cache keeps of each token, [B, T, c + r]."""
     cos, sin = rope_angles(config.rope, config.qk_rope_head_dim, positions)
     q_nope, q_rope = _queries(p, config, x, cos, sin)
     latent, k_rope = _latent(p, config, x, cos, sin)
-    k_nope = jnp.einsum("btc,chn->bthn", latent, p["k_b"])
-    v = jnp.einsum("btc,chv->bthv", latent, p["v_b"])
-    q = constrain(jnp.concatenate([q_nope, q_rope], -1), "rows", "tokens", "heads", None)
+    q = constrain(jnp.concatenate([q_nope, q_rope], -1), "rows", "tokens", "heads", None)[:, :, :, None]
+    if mask.whole is None:
+        # What travels between devices is the latent, not the keys and values of all heads.
+        kept, weights = (latent, k_rope), (p["k_b"], p["v_b"])
+        axes = ("rows", "tokens", None), ("rows", "tokens", None)
+        lies = (None, "heads", None), (None, "heads", None)
+        out = long_rows.attend(q, Source(kept, axes, weights, lies, _expand), mask, softmax_scale(config))
+    else:
+        out = attend(q, *_expand(latent, k_rope, p["k_b"], p["v_b"]), mask.whole, softmax_scale(config))
+    out = jnp.einsum("bthv,hvd->btd", out[:, :, :, 0], p["o"])
+    return out, {"latent": jnp.concatenate([latent, k_rope], -1)}
+
+
+def _expand(
+    latent: Float[Array, "B T c"],
+    k_rope: Float[Array, "B T rope"],
+    k_b: Float[Array, "c H nope"],
+    v_b: Float[Array, "c H v"],
+) -> tuple[Float[Array, "B T H k"], Float[Array, "B T H v"]]:
+    """Keys and values of all heads."""
+    k_nope = jnp.einsum("btc,chn->bthn", latent, k_b)
+    v = jnp.einsum("btc,chv->bthv", latent, v_b)
     shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]))
-    k = jnp.concatenate([k_nope, shared], -1)
-    out = attend(q[:, :, :, None], k, v, mask, softmax_scale(config))[:, :, :, 0]
-    return jnp.einsum("bthv,hvd->btd", out, p["o"]), {"latent": jnp.concatenate([latent, k_rope], -1)}
+    return jnp.concatenate([k_nope, shared], -1), v
 
 
 def decode(
-    p: dict, config: ModelConfig, x: Float[Array, "B D"], cache: Cache, positions: Int[Array, "B"]
+    p: dict,
+    config: ModelConfig,
+    x: Float[Array, "B D"],
+    cache: Cache,
+    positions: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    path: str = "plain",
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One new token per slot, absorbed: queries go into latent space, the latent cache serves as keys and values."""
     cos, sin = rope_angles(config.rope, config.qk_rope_head_dim, positions)
     q_nope, q_rope = _queries(p, config, x, cos, sin)
     new = jnp.concatenate(_latent(p, config, x, cos, sin), -1)
-    stored = write_cache(cache["latent"], new, positions, LENGTH_AXIS)
     q = jnp.concatenate([jnp.einsum("bhn,chn->bhc", q_nope, p["k_b"]), q_rope], -1)
+    q, new = (pad_last(a, cache["latent"].shape[-1]) for a in (q, new))
+    stored = write_cache(cache["latent"], new, positions, LENGTH_AXIS)
+    read = READ[path](q, stored, lengths, config.kv_lora_rank, softmax_scale(config)).astype(x.dtype)
+    out = jnp.einsum("bhc,chv->bhv", read, p["v_b"])
+    return jnp.einsum("bhv,hvd->bd", out, p["o"]), {"latent": stored}
+
+
+def read_plain(
+    q: Float[Array, "B H w"], stored: Float[Array, "B S w"], lengths: Int[Array, "B"], rank: int, scale: float
+) -> Float[Array, "B H c"]:
+    """Attention in latent space over the first `lengths` cached rows; zero where a slot is empty."""
     # Cache positions outermost, and the exchange kept apart: else the CPU's batched product runs three times slower.
     scores = jnp.einsum("bsc,bhc->bsh", stored, q, preferred_element_type=jnp.float32)
     scores = jax.lax.optimization_barrier(scores).swapaxes(1, 2)
-    weights = attend_cache(scores, positions + 1, softmax_scale(config), stored.dtype)
-    read = jnp.einsum("bhs,bsc->bhc", weights, stored)[..., : config.kv_lora_rank].astype(x.dtype)
-    out = jnp.einsum("bhc,chv->bhv", read, p["v_b"])
-    return jnp.einsum("bhv,hvd->bd", out, p["o"]), {"latent": stored}
+    weights = attend_cache(scores, lengths, scale, stored.dtype)
+    read = jnp.einsum("bhs,bsc->bhc", weights, stored)[..., :rank]
+    return jnp.where((lengths > 0)[:, None, None], read, 0)
+
+
+def read_kernel(
+    q: Float[Array, "B H w"], stored: Float[Array, "B S w"], lengths: Int[Array, "B"], rank: int, scale: float
+) -> Float[Array, "B H c"]:
+    """The same by the TPU kernel, each device for its own slots and heads; interpreted where there is no TPU."""
+    from r1jax.model.kernels.mla_decode import mla_decode  # here, since Pallas takes a second to import
+
+    interpret = sharding.platform() != "tpu"
+    run = partial(mla_decode, rank=rank, scale=scale, interpret=interpret)
+    layout = sharding.current()
+    if layout is not None:
+        heads, cache, slots = (layout.spec(axes) for axes in (("rows", "heads", None), CACHE_AXES["latent"], ("rows",)))
+        specs = heads, cache, slots
+        run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return run(q.astype(stored.dtype), stored, lengths)
+
+
+READ = {"plain": read_plain, "kernel": read_kernel}
 
 
 def empty_cache(config: ModelConfig, slots: int, length: int, dtype: DTypeLike) -> Cache:

@@ -1,9 +1,5 @@
 """DeepSeekMoE (arXiv 2401.06066; V3, 2412.19437, section 2.1.2): sigmoid router with a bias that only selects,
-group-limited top-k, normalised and scaled gates, shared experts, dropless dispatch.
-
-Tokens are sorted by expert into blocks that belong to one expert each, so the grouped product has static shapes and no
-token is dropped (MegaBlocks, arXiv 2211.15841). Dispatch and combination are gathers in both directions: each is the
-other's gradient.
+group-limited top-k, normalised and scaled gates, shared experts, dropless dispatch (experts.py, exchange.py).
 """
 
 from functools import partial
@@ -16,7 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax import sharding
-from r1jax.model.config import ModelConfig
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
+from r1jax.model.exchange import experts_apart
+from r1jax.model.experts import experts_local
 from r1jax.model.layers import Mlp, mlp, weight, zeros
 
 Axes = tuple[str, ...]  # of the mesh
@@ -63,145 +61,39 @@ def route(
     return ids, gates * config.routed_scaling_factor
 
 
-@jax.custom_vjp
-def _move(x: Float[Array, "m D"], source: Int[Array, "r"], target: Int[Array, "m"]) -> Float[Array, "r D"]:
-    """Row i of the result is x[source[i]], zero where source is negative; target is the inverse map."""
-    del target
-    return jnp.where((source >= 0)[:, None], x[source], 0)
-
-
-def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _move(x, source, target), (source, target)
-
-
-def _move_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None, None]:
-    source, target = saved
-    return _move(grad, target, source), None, None
-
-
-_move.defvjp(_move_forward, _move_backward)
-
-
-def _block_rows(assigned: int, experts: int) -> int:
-    """Rows of a block: about a quarter of an expert's mean share, so that padding stays small, within 8..128."""
-    size = 8
-    while size < 128 and size * 8 * experts <= assigned:
-        size *= 2
-    return size
-
-
-def _plan(
-    ids: Int[Array, "m"], experts: int, block: int
-) -> tuple[Int[Array, "r"], Int[Array, "m"], Int[Array, "blocks"], Int[Array, "E"]]:
-    """Where each assignment goes: sorted by expert, each expert's share padded to whole blocks.
-
-    Ids outside 0..experts-1 belong to another device and go nowhere (-1).
-
-    Returns:
-        source of each padded row, target of each assignment, expert of each block, padded rows per expert.
-    """
-    m = ids.shape[0]
-    total = -(-m // block) * block + experts * block
-    mine = (ids >= 0) & (ids < experts)
-    key = jnp.where(mine, ids, experts)
-    order = jnp.argsort(key, stable=True)
-    counts = (key[:, None] == jnp.arange(experts)).sum(0)
-    padded = -(-counts // block) * block
-    ends = jnp.cumsum(padded)
-    rank = jnp.arange(m) - (jnp.cumsum(counts) - counts)[jnp.minimum(key[order], experts - 1)]
-    row = jnp.where(key[order] < experts, (ends - padded)[jnp.minimum(key[order], experts - 1)] + rank, -1)
-    target = jnp.zeros(m, jnp.int32).at[order].set(row.astype(jnp.int32), unique_indices=True)
-    source = jnp.full(total, -1, jnp.int32).at[jnp.where(row < 0, total, row)].set(order.astype(jnp.int32), mode="drop")
-    owner = jnp.searchsorted(ends, jnp.arange(total // block) * block, side="right")
-    return source, target, jnp.minimum(owner, experts - 1), padded
-
-
-@jax.custom_vjp
-def _blocks(
-    x: Float[Array, "r D"], w: Float[Array, "E D F"], owner: Int[Array, "blocks"], sizes: Int[Array, "E"]
-) -> Float[Array, "r F"]:
-    """Batched products of each block with its expert's matrix."""
-    del sizes
-    return jnp.einsum("bsd,bdf->bsf", x.reshape(owner.shape[0], -1, x.shape[-1]), w[owner]).reshape(x.shape[0], -1)
-
-
-def _blocks_forward(x: Array, w: Array, owner: Array, sizes: Array) -> tuple[Array, tuple]:
-    return _blocks(x, w, owner, sizes), (x, w, owner)
-
-
-def _blocks_backward(saved: tuple, grad: Array) -> tuple:
-    x, w, owner = saved
-    x, grad = (a.reshape(owner.shape[0], -1, a.shape[-1]) for a in (x, grad))
-    # The blocks' matrices are summed per expert by a product: as a scatter it takes most of the training step.
-    each = jnp.einsum("bsd,bsf->bdf", x, grad).reshape(owner.shape[0], -1)
-    dw = (jnp.arange(w.shape[0])[:, None] == owner).astype(each.dtype) @ each
-    dx = jnp.einsum("bsf,bdf->bsd", grad, w[owner])
-    return dx.reshape(-1, dx.shape[-1]), dw.reshape(w.shape), None, None
-
-
-_blocks.defvjp(_blocks_forward, _blocks_backward)
-
-
-def _ragged(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
-    del owner
-    return jax.lax.ragged_dot(x, w, sizes)
-
-
-def _grouped(
-    x: Float[Array, "r D"], w: Float[Array, "E D F"], owner: Int[Array, "blocks"], sizes: Int[Array, "E"]
-) -> Float[Array, "r F"]:
-    """x's blocks times their own expert's matrix."""
-    # On a CPU ragged_dot is a masked product with every expert: E times the work.
-    return jax.lax.platform_dependent(x, w, owner, sizes, cpu=_blocks, default=_ragged)
-
-
-def experts_local(
-    x: Float[Array, "n D"],
-    ids: Int[Array, "n K"],
-    gates: Float[Array, "n K"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-) -> Float[Array, "n D"]:
-    """Sum over each token's experts that are held here, times their gates."""
-    n, k = ids.shape
-    experts = gate.shape[0]
-    source, target, owner, sizes = _plan(ids.reshape(-1), experts, _block_rows(n * k, experts))
-    copies = jnp.broadcast_to(x[:, None], (n, k, x.shape[-1])).reshape(n * k, -1)
-    h = _move(copies, source, target)
-    h = jax.nn.silu(_grouped(h, gate, owner, sizes)) * _grouped(h, up, owner, sizes)
-    y = _move(_grouped(h, down, owner, sizes), target, source).reshape(n, k, -1)
-    return (y * gates[..., None].astype(y.dtype)).sum(1)
-
-
 def _routed(
-    p: dict, x: Float[Array, "B T D"], replay: Int[Array, "B T K"] | None, config: ModelConfig, held: Axes, split: Axes
+    p: dict,
+    x: Float[Array, "B T D"],
+    replay: Int[Array, "B T K"] | None,
+    config: ModelConfig,
+    paths: Paths,
+    held: Axes,
+    split: Axes,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
     """Routed experts for the tokens at hand, and the experts chosen; within a mesh what one device does.
 
-    The tokens of the mesh axes `held`, over which experts are spread, are gathered, the local experts work on them, and
-    the sums are scattered back; over the axes `split` each expert's width is spread.
+    Experts are spread over the mesh axes `held`, and over the axes `split` each expert's width.
     """
     ids, gates = route(p, config, x, replay)
-    chosen = ids
-    if held:
-        x, ids, gates = (jax.lax.all_gather(a, held, axis=0, tiled=True) for a in (x, ids, gates))
-        ids = ids - jax.lax.axis_index(held) * p["gate"].shape[0]
-    b, t, d = x.shape
-    flat = (a.reshape(b * t, -1) for a in (x, ids, gates))
-    y = experts_local(*flat, p["gate"], p["up"], p["down"]).reshape(b, t, d)
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, ids, gates))
+    weights = p["gate"], p["up"], p["down"]
+    y = experts_apart(*flat, weights, held, config, paths) if held else experts_local(*flat, *weights)
     if split:
         y = jax.lax.psum(y, split)
-    return jax.lax.psum_scatter(y, held, scatter_dimension=0, tiled=True) if held else y, chosen
+    return y.reshape(x.shape), ids
 
 
 def moe(
-    p: dict, config: ModelConfig, x: Float[Array, "B T D"], replay: Int[Array, "B T K"] | None = None
+    p: dict,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    replay: Int[Array, "B T K"] | None = None,
+    paths: Paths = DEFAULT_PATHS,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
     """Routed experts plus shared ones; also the experts chosen."""
     layout = sharding.current()
     held, split = (layout.mesh_axes("experts"), layout.mesh_axes("mlp")) if layout else ((), ())
-    run = partial(_routed, config=config, held=held, split=split)
+    run = partial(_routed, config=config, paths=paths, held=held, split=split)
     routed = {name: w for name, w in p.items() if name != "shared"}
     if layout:
         # Routing too is each device's own business: left to the partitioner, top_k gathers the scores of all rows.

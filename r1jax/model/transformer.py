@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from r1jax.model import gqa, mla
-from r1jax.model.config import ModelConfig
-from r1jax.model.layers import Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
+from r1jax.model import gqa, mla, vocabulary
+from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
+from r1jax.model.layers import Mask, Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
 from r1jax.model.lora import of_layer
 from r1jax.model.moe import Moe, expert_load, moe
 from r1jax.sharding import constrain
@@ -29,9 +29,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-# Most logits held at once, per [rows x tokens x vocabulary] block of log-probabilities: 256 MB in float32.
-LOGITS_AT_ONCE = 2**26
 
 
 class Layers(nnx.Module):
@@ -112,14 +109,14 @@ class Hidden:
 
 
 def _layer(
-    p: Params, config: ModelConfig, x: Array, positions: Array, mask: Array, replay: Array | None
+    p: Params, config: ModelConfig, x: Array, positions: Array, mask: Mask, replay: Array | None, paths: Paths
 ) -> tuple[Array, dict, Array | None]:
     a, kept = ATTENTION[config.attention].attention(
         p["attn"], config, rms_norm(x, p["attn_norm"], config.rms_norm_eps), positions, mask
     )
     x = rows(x + a)
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
-    y, ids = moe(p["mlp"], config, h, replay) if "router" in p["mlp"] else (mlp(p["mlp"], h), None)
+    y, ids = moe(p["mlp"], config, h, replay, paths) if "router" in p["mlp"] else (mlp(p["mlp"], h), None)
     return rows(x + y), kept, ids
 
 
@@ -128,16 +125,17 @@ def _stack(
     config: ModelConfig,
     x: Array,
     positions: Array,
-    mask: Array,
+    mask: Mask,
     counted: Array,
     replay: Array | None,
     keep: tuple[str, ...],
     remat: str,
     unroll: int,
+    paths: Paths,
 ) -> tuple[Array, dict]:
     def body(x: Array, layer: tuple) -> tuple[Array, dict]:
         p, replay = layer
-        x, cache, ids = _layer(of_layer(p), config, x, positions, mask, replay)
+        x, cache, ids = _layer(of_layer(p), config, x, positions, mask, replay, paths)
         out = {"cache": cache, "experts": ids}
         if ids is not None:
             out["load"] = expert_load(ids, counted, config.n_routed_experts)
@@ -164,6 +162,7 @@ def hidden(
     keep: tuple[str, ...] = ("load",),
     remat: str = "none",
     unroll: int = 1,
+    paths: Paths = DEFAULT_PATHS,
 ) -> Hidden:
     """A pass over packed rows.
 
@@ -176,13 +175,15 @@ def hidden(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     segments = jnp.ones_like(tokens) if segments is None else segments
-    mask = attention_mask(segments, segments if parents is None else parents)
+    mask = attention_mask(segments, segments if parents is None else parents, paths.attention)
     x = rows(params["embed"][tokens])
     outs = {}
     for name in ("dense", "moe"):
         if name in params:
             given = replay if name == "moe" else None
-            x, outs[name] = _stack(params[name], config, x, positions, mask, segments > 0, given, keep, remat, unroll)
+            x, outs[name] = _stack(
+                params[name], config, x, positions, mask, segments > 0, given, keep, remat, unroll, paths
+            )
     routed = outs.get("moe", {})
     return Hidden(
         x=rms_norm(x, params["norm"], config.rms_norm_eps),
@@ -192,10 +193,13 @@ def hidden(
     )
 
 
+def _head(params: Params) -> Float[Array, "D V"]:
+    return params["embed"].T if "head" not in params else params["head"]
+
+
 def logits(params: Params, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
     """Float32 logits of normalised hidden states."""
-    head = params["embed"].T if "head" not in params else params["head"]
-    out = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    out = jnp.matmul(x, _head(params), preferred_element_type=jnp.float32)
     return constrain(out, "rows", *("tokens",) * (out.ndim == 3), "vocab")
 
 
@@ -217,24 +221,7 @@ def token_logps(
 
     Sampling at another temperature than 1 makes another policy; log-probabilities are those of that policy.
     """
-
-    def block(x: Array, targets: Array) -> tuple[Array, Array]:
-        z = logits(params, x) / temperature
-        total = jax.nn.logsumexp(z, axis=-1)
-        logp = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0] - total
-        frozen = jax.lax.stop_gradient(z)
-        mean = (jax.nn.softmax(frozen, axis=-1) * frozen).sum(-1)
-        return logp, jax.lax.stop_gradient(total) - mean
-
-    b, t, _ = x.shape
-    size = t
-    while size % 2 == 0 and b * size * params["embed"].shape[0] > LOGITS_AT_ONCE:
-        size //= 2
-    if size == t:
-        return block(x, targets)
-    parts = (x.reshape(b, t // size, size, -1).swapaxes(0, 1), targets.reshape(b, t // size, size).swapaxes(0, 1))
-    logp, entropy = jax.lax.map(lambda part: jax.checkpoint(block)(*part), parts)
-    return logp.swapaxes(0, 1).reshape(b, t), entropy.swapaxes(0, 1).reshape(b, t)
+    return vocabulary.token_logps(_head(params), x, targets, temperature)
 
 
 def next_token_hidden(
@@ -244,23 +231,36 @@ def next_token_hidden(
     following: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    paths: Paths = DEFAULT_PATHS,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
     """Hidden states that predict the token after `following` (DeepSeek-V3, equations 21 to 23), and expert loads."""
     p, eps = params["mtp"], config.rms_norm_eps
     both = [rms_norm(params["embed"][following], p["embed_norm"], eps), rms_norm(x, p["hidden_norm"], eps)]
     x = jnp.concatenate(both, -1) @ p["proj"]
-    mask = attention_mask(segments, segments)
-    x, out = _stack(p["layer"], config, x, positions, mask, segments > 0, None, ("load",), "none", 1)
+    mask = attention_mask(segments, segments, paths.attention)
+    x, out = _stack(p["layer"], config, x, positions, mask, segments > 0, None, ("load",), "none", 1, paths)
     return rms_norm(x, p["norm"], eps), out.get("load")
 
 
 def decode_step(
-    params: Params, config: ModelConfig, tokens: Int[Array, "B"], cache: dict, positions: Int[Array, "B"]
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B"],
+    cache: dict,
+    positions: Int[Array, "B"],
+    live: Bool[Array, "B"] | None = None,
+    path: str = "plain",
+    paths: Paths = DEFAULT_PATHS,
 ) -> tuple[Float[Array, "B D"], dict, Int[Array, "L B K"] | None]:
     """One token per slot: hidden states after the final norm, the cache with these tokens in it, the experts chosen.
 
     Layers are unrolled and each has a cache of its own, updated in place: stacked, it would be copied every step.
+
+    Args:
+        live: slots whose result is wanted; the others read nothing of their cache.
+        path: how the cache is read, a key of mla.READ.
     """
+    lengths = positions + 1 if live is None else jnp.where(live, positions + 1, 0)
     attention = ATTENTION[config.attention]
     x = constrain(params["embed"][tokens], "rows", None)
     chosen = []
@@ -269,11 +269,11 @@ def decode_step(
         for layer in range(params[name]["attn_norm"].shape[0] if name in params else 0):
             p = jax.tree.map(lambda a, i=layer: a[i], params[name])
             h = rms_norm(x, p["attn_norm"], config.rms_norm_eps)
-            a, cache[name][layer] = attention.decode(p["attn"], config, h, cache[name][layer], positions)
+            a, cache[name][layer] = attention.decode(p["attn"], config, h, cache[name][layer], positions, lengths, path)
             x = x + a
             h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
             if "router" in p["mlp"]:
-                y, ids = moe(p["mlp"], config, h[:, None])
+                y, ids = moe(p["mlp"], config, h[:, None], None, paths)
                 x, chosen = x + y[:, 0], [*chosen, ids[:, 0]]
             else:
                 x = x + mlp(p["mlp"], h)

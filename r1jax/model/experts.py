@@ -1,0 +1,248 @@
+"""Grouped products: each token through its own experts, without a dropped token or a product for nothing.
+
+Tokens are sorted by expert, so that the grouped product has static shapes (MegaBlocks, arXiv 2211.15841). Dispatch and
+combination are gathers in both directions: each is the other's gradient. Where experts are spread over devices, nobody
+knows how many assignments will come: there is room for a multiple of the mean, and what is left takes another round.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from r1jax import sharding
+
+TILE = 512  # rows of megablox's tile on TPU; its other sides below
+TILE_SIDES = 1024, 1024
+
+
+@jax.custom_vjp
+def _move(x: Float[Array, "m D"], source: Int[Array, "r"], target: Int[Array, "m"]) -> Float[Array, "r D"]:
+    """Row i of the result is x[source[i]], zero where source is negative; target is the inverse map."""
+    del target
+    return jnp.where((source >= 0)[:, None], x[source], 0)
+
+
+def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _move(x, source, target), (source, target)
+
+
+def _move_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None, None]:
+    source, target = saved
+    return _move(grad, target, source), None, None
+
+
+_move.defvjp(_move_forward, _move_backward)
+
+
+@jax.custom_vjp
+def spread(x: Float[Array, "n D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "r D"]:
+    """Row i of the result is x[source[i]], zero where source is negative; target says where a token's copies go."""
+    del target
+    return jnp.where((source >= 0)[:, None], x[source], 0)
+
+
+@jax.custom_vjp
+def gather_sum(rows: Float[Array, "r D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "n D"]:
+    """Of each token the sum of its copies: the transpose of `spread`."""
+    del source
+    start = jnp.zeros((target.shape[0], rows.shape[1]), rows.dtype)
+
+    # One copy after the other: all at once they would be K times the tokens.
+    def add(total: Array, at: Array) -> tuple[Array, None]:
+        return (total + jnp.where((at >= 0)[:, None], rows[at], 0), None)
+
+    return jax.lax.scan(add, start, target.T)[0]
+
+
+spread.defvjp(
+    lambda x, source, target: (spread(x, source, target), (source, target)),
+    lambda saved, grad: (gather_sum(grad, *saved), None, None),
+)
+gather_sum.defvjp(
+    lambda rows, source, target: (gather_sum(rows, source, target), (source, target)),
+    lambda saved, grad: (spread(grad, *saved), None, None),
+)
+
+
+def _block_rows(assigned: int, experts: int) -> int:
+    """Rows of a block: about a quarter of an expert's mean share, so that padding stays small, within 8..128."""
+    size = 8
+    while size < 128 and size * 8 * experts <= assigned:
+        size *= 2
+    return size
+
+
+def _plan(
+    ids: Int[Array, "m"], experts: int, block: int
+) -> tuple[Int[Array, "r"], Int[Array, "m"], Int[Array, "blocks"], Int[Array, "E"]]:
+    """Where each assignment goes: sorted by expert, each expert's share padded to whole blocks.
+
+    Ids outside 0..experts-1 belong to another device and go nowhere (-1).
+
+    Returns:
+        source of each padded row, target of each assignment, expert of each block, padded rows per expert.
+    """
+    m = ids.shape[0]
+    total = -(-m // block) * block + experts * block
+    mine = (ids >= 0) & (ids < experts)
+    key = jnp.where(mine, ids, experts)
+    order = jnp.argsort(key, stable=True)
+    counts = (key[:, None] == jnp.arange(experts)).sum(0)
+    padded = -(-counts // block) * block
+    ends = jnp.cumsum(padded)
+    rank = jnp.arange(m) - (jnp.cumsum(counts) - counts)[jnp.minimum(key[order], experts - 1)]
+    row = jnp.where(key[order] < experts, (ends - padded)[jnp.minimum(key[order], experts - 1)] + rank, -1)
+    target = jnp.zeros(m, jnp.int32).at[order].set(row.astype(jnp.int32), unique_indices=True)
+    source = jnp.full(total, -1, jnp.int32).at[jnp.where(row < 0, total, row)].set(order.astype(jnp.int32), mode="drop")
+    owner = jnp.searchsorted(ends, jnp.arange(total // block) * block, side="right")
+    return source, target, jnp.minimum(owner, experts - 1), padded
+
+
+@jax.custom_vjp
+def _blocks(
+    x: Float[Array, "r D"], w: Float[Array, "E D F"], owner: Int[Array, "blocks"], sizes: Int[Array, "E"]
+) -> Float[Array, "r F"]:
+    """Batched products of each block with its expert's matrix."""
+    del sizes
+    return jnp.einsum("bsd,bdf->bsf", x.reshape(owner.shape[0], -1, x.shape[-1]), w[owner]).reshape(x.shape[0], -1)
+
+
+def _blocks_forward(x: Array, w: Array, owner: Array, sizes: Array) -> tuple[Array, tuple]:
+    return _blocks(x, w, owner, sizes), (x, w, owner)
+
+
+def _blocks_backward(saved: tuple, grad: Array) -> tuple:
+    x, w, owner = saved
+    x, grad = (a.reshape(owner.shape[0], -1, a.shape[-1]) for a in (x, grad))
+    # The blocks' matrices are summed per expert by a product: as a scatter it takes most of the training step.
+    each = jnp.einsum("bsd,bsf->bdf", x, grad).reshape(owner.shape[0], -1)
+    dw = (jnp.arange(w.shape[0])[:, None] == owner).astype(each.dtype) @ each
+    dx = jnp.einsum("bsf,bdf->bsd", grad, w[owner])
+    return dx.reshape(-1, dx.shape[-1]), dw.reshape(w.shape), None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _ragged(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
+    del owner
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def _megablox(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox import ops  # here, since Pallas takes a second to import
+
+    del owner
+    tile = min(TILE, x.shape[0]), *(min(most, n) for most, n in zip(TILE_SIDES, w.shape[1:], strict=True))
+    return ops.gmm(x, w, sizes.astype(jnp.int32), x.dtype, tile)
+
+
+# By the kind of device. ragged_dot is a masked product with every expert, E times the work, where it has no kernel.
+GROUPED = {"cpu": _blocks, "gpu": _ragged, "TPU v5": _ragged, "TPU v5p": _ragged, "tpu": _megablox}
+
+
+def _grouped(
+    x: Float[Array, "r D"], w: Float[Array, "E D F"], owner: Int[Array, "blocks"], sizes: Int[Array, "E"]
+) -> Float[Array, "r F"]:
+    """x's blocks times their own expert's matrix."""
+    kind = sharding.device_kind()
+    return GROUPED[kind if kind in GROUPED else sharding.platform()](x, w, owner, sizes)
+
+
+def _through(h: Array, weights: tuple[Array, Array, Array], owner: Array, sizes: Array) -> Array:
+    gate, up, down = weights
+    h = jax.nn.silu(_grouped(h, gate, owner, sizes)) * _grouped(h, up, owner, sizes)
+    return _grouped(h, down, owner, sizes)
+
+
+def experts_local(
+    x: Float[Array, "n D"],
+    ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "n D"]:
+    """Sum over each token's experts, all of which are held here, times their gates."""
+    n, k = ids.shape
+    experts = gate.shape[0]
+    source, target, owner, sizes = _plan(ids.reshape(-1), experts, _block_rows(n * k, experts))
+    copies = jnp.broadcast_to(x[:, None], (n, k, x.shape[-1])).reshape(n * k, -1)
+    y = _through(_move(copies, source, target), (gate, up, down), owner, sizes)
+    y = _move(y, target, source).reshape(n, k, -1)
+    return (y * gates[..., None].astype(y.dtype)).sum(1)
+
+
+def experts_some(
+    x: Float[Array, "n D"],
+    ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    weights: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]],
+    room: int,
+) -> Float[Array, "n D"]:
+    """The same where most assignments are for experts elsewhere (ids outside 0..E-1).
+
+    Args:
+        room: assignments that one round takes.
+    """
+    k, experts = ids.shape[1], weights[0].shape[0]
+    block = _block_rows(room, experts)
+    source, target, owner, sizes = _plan(ids.reshape(-1), experts, block)
+    tile = TILE if room >= TILE else 128 if room >= 128 else block
+    room = min(-(-(room + experts * block) // tile) * tile, -(-source.shape[0] // tile) * tile)
+    most = -(-source.shape[0] // room)
+    source = jnp.pad(source, (0, most * room - source.shape[0]), constant_values=-1)
+    owner = jnp.pad(owner, (0, source.shape[0] // block - owner.shape[0]), mode="edge")
+    ends = jnp.cumsum(sizes)
+
+    def one(r: Array | int, ints: tuple, floats: tuple) -> Array:
+        (source, target, owner, ends), (x, gates, weights) = ints, floats
+        first = r * room
+        here = jax.lax.dynamic_slice_in_dim(source, first, room)
+        owner = jax.lax.dynamic_slice_in_dim(owner, first // block, room // block)
+        sizes = jnp.diff(jnp.clip(ends - first, 0, room), prepend=0)
+        target = jnp.where((target >= first) & (target < first + room), target - first, -1)
+        token, target_of = jnp.where(here >= 0, here // k, -1), target.reshape(-1, k)
+        y = _through(spread(x, token, target_of), weights, owner, sizes)
+        share = _move(gates.reshape(-1, 1), here, target).astype(y.dtype)
+        # Rows of no assignment hold whatever the product left there.
+        y = jnp.where((token >= 0)[:, None], y * share, 0)
+        return gather_sum(y, token, target_of)
+
+    rounds = jnp.maximum(-(-ends[-1] // room), 1) if most > 1 else 1
+    return in_rounds(one, rounds, (source, target, owner, ends), (x, gates, weights))
+
+
+def in_rounds(one: Callable[..., Array], rounds: Array | int, ints: tuple, floats: tuple) -> Array:
+    """The sum of one(r, ints, floats) over `rounds` rounds, with its gradient in `floats`.
+
+    The first stands outside of the loop, which seldom has anything to do.
+    """
+    if isinstance(rounds, int):
+        assert rounds == 1
+        return one(0, ints, floats)
+
+    def rest(rounds: Array, start: tuple | Array, of: Callable[[Array], tuple | Array]) -> tuple | Array:
+        add = partial(jax.tree.map, jnp.add)
+        return jax.lax.fori_loop(1, rounds, lambda r, total: add(total, of(r)), start)
+
+    @jax.custom_vjp
+    def total(rounds: Array, ints: tuple, floats: tuple) -> Array:
+        return rest(rounds, one(0, ints, floats), lambda r: one(r, ints, floats))
+
+    def forward(rounds: Array, ints: tuple, floats: tuple) -> tuple[Array, tuple]:
+        return total(rounds, ints, floats), (rounds, ints, floats)
+
+    def backward(saved: tuple, grad: Array) -> tuple[None, None, tuple]:
+        rounds, ints, floats = saved
+
+        def of(r: Array | int) -> tuple:
+            return jax.vjp(lambda floats: one(r, ints, floats), floats)[1](grad)[0]
+
+        return None, None, rest(rounds, of(0), of)
+
+    total.defvjp(forward, backward)
+    return total(rounds, ints, floats)

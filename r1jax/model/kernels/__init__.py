@@ -1,0 +1,1 @@
+"""Kernels for TPU, in Pallas; each has a plain version elsewhere in the package, to which tests hold it."""

@@ -1,0 +1,194 @@
+"""One layout: its programs compiled, their memory by kind beside what else lies there, their time, the whole loop's."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+
+from r1jax import hosts
+from r1jax.plan import estimate
+from r1jax.plan.programs import Loop, Program, device_bytes
+from r1jax.plan.topology import Topology
+
+# What shrinks each kind of memory, by the key of the config.
+REMEDIES = {
+    "parameters": "spread them further: larger mesh.fsdp or mesh.expert",
+    "optimizer": "spread it further: larger mesh.fsdp or mesh.expert",
+    "reference": "spread it further (larger mesh.fsdp or mesh.expert), or grpo.kl_coef=0, which needs none",
+    "frozen": "spread them further: larger mesh.fsdp or mesh.tensor",
+    "weights": "spread the decoding weights further: larger decode_mesh.tensor or decode_mesh.expert",
+    "cache": "fewer sampler.slots, a shorter rl.max_completion_tokens, or a larger decode_mesh.data, .fsdp or .expert",
+    "gradients": "spread them further: larger mesh.fsdp or mesh.expert",
+    "batch": "fewer rl.minibatches or prompts_per_update, larger mesh.context, or rl.router_replay=False",
+    "activations": "lower rl.microbatch_rows, model.remat=full, larger mesh.context or .tensor; in sampling, fewer "
+    "sampler.prefill_prompts or sampler.slots",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """Options of the compiler by name, and a folder for the programs' text, empty: none."""
+
+    options: tuple[tuple[str, str], ...] = ()
+    texts: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program of a layout, as planned.
+
+    Attributes:
+        hbm: bytes on a device by kind at its peak, with what lies beside it.
+        failed: what the compiler said instead, if it did not take the program.
+        flops: of the model in one call, over all devices.
+    """
+
+    layout: str
+    program: str
+    calls: float
+    trips: int
+    tokens: float
+    flops: float
+    compile_s: float
+    hbm: dict[str, float]
+    fits: bool
+    cost: estimate.Cost | None
+    mfu: float
+    failed: str = ""
+
+    @property
+    def hbm_total(self) -> float:
+        """Bytes on a device."""
+        return sum(self.hbm.values())
+
+    @property
+    def est_s(self) -> float:
+        """Seconds of one call."""
+        return self.cost.seconds if self.cost else float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All rows of a layout, and the loop's own figures where every program was compiled."""
+
+    layout: str
+    rows: tuple[Row, ...]
+    rollout_s: float
+    updates_s: float
+    tokens_per_s: float  # of completions, over the whole loop
+    run_hours: float
+
+    @property
+    def fits(self) -> bool:
+        return all(row.fits for row in self.rows)
+
+    @property
+    def rollout_and_updates_s(self) -> float:
+        return self.rollout_s + self.updates_s
+
+
+def _kinds(program: Program, compiled: Any) -> dict[str, float]:
+    """Bytes on a device by kind, at the program's peak."""
+    spent = compiled.memory_analysis()
+    out: dict[str, float] = {}
+    for kind, tree in (*program.takes.items(), *program.beside.items(), *program.gives.items()):
+        out[kind] = out.get(kind, 0.0) + device_bytes(tree)
+    takes, gives = (sum(device_bytes(t) for t in trees.values()) for trees in (program.takes, program.gives))
+    out["activations"] = max(spent.peak_memory_in_bytes - takes - gives, 0.0)
+    return out
+
+
+def _too_large(message: str) -> float:
+    """Bytes that the compiler says a program would have needed, 0 if it failed for another reason."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return float(found[1]) * 1024 ** " KMGT".index(found[2]) if found else 0.0
+
+
+def make_row(
+    layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], how: How
+) -> Row:
+    """Compiles a program and prices it; `done` collects what is compiled."""
+    started = time.monotonic()
+    common = {
+        "layout": layout,
+        "program": program.name,
+        "calls": program.calls,
+        "trips": program.trips,
+        "tokens": program.tokens,
+        "flops": program.flops,
+    }
+    try:
+        done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        needed = _too_large(str(error))
+        if not needed:
+            raise
+        beside = {kind: device_bytes(tree) for kind, tree in program.beside.items()}
+        taken = {kind: device_bytes(tree) for kind, tree in program.takes.items()}
+        hbm = {**taken, "activations": max(needed - sum(taken.values()), 0.0)}
+        for kind, size in beside.items():
+            hbm[kind] = hbm.get(kind, 0.0) + size
+        spent = time.monotonic() - started
+        return Row(**common, compile_s=spent, hbm=hbm, fits=False, cost=None, mfu=0.0, failed=_first_line(error))
+    compile_s = time.monotonic() - started
+    text = compiled.as_text()
+    if how.texts:
+        hosts.atomic_write(f"{how.texts}/{layout.replace('/', '_')}.{program.name}.txt", text)
+    cost = estimate.cost(text, topology, mesh, program.trips)
+    peak = topology.chip.peak * mesh.size
+    mfu = program.flops / (cost.seconds * peak) if cost.seconds else 0.0
+    assert mfu < 1, f"{layout} {program.name}: {mfu:.0%} of the peak, so the estimate is wrong"
+    hbm = _kinds(program, compiled)
+    return Row(**common, compile_s=compile_s, hbm=hbm, fits=sum(hbm.values()) <= topology.chip.hbm, cost=cost, mfu=mfu)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if "hbm" in line), str(error).splitlines()[0]).strip()
+
+
+def make_plan(
+    layout: str,
+    loop: Loop,
+    topology: Topology,
+    meshes: dict[str, jax.sharding.Mesh],
+    only: Collection[str],
+    how: How,
+    say: Callable[[str], None],
+) -> Plan:
+    """Compiles and prices the programs of a loop, those named in `only` if any are."""
+    rows, done = [], {}
+    for program in loop.programs:
+        if only and program.name not in only:
+            continue
+        if program.name == "insert" and "prefill" not in done:
+            continue  # it takes what prefill gives, as the compiler lays it out
+        mesh = meshes["train" if program.name in ("score", "update") else "decode"]
+        rows.append(make_row(layout, program, topology, mesh, done, how))
+        say(f"{layout} {program.name}: compiled in {rows[-1].compile_s:.0f} s")
+    spent = {row.program: row.calls * row.est_s for row in rows}
+    updates_s = sum(s for name, s in spent.items() if name in ("score", "update"))
+    rollout_s = sum(s for name, s in spent.items() if name not in ("score", "update"))
+    whole = rollout_s + updates_s
+    is_whole = len(rows) == len(loop.programs)
+    return Plan(
+        layout,
+        tuple(rows),
+        rollout_s,
+        updates_s,
+        loop.completions * loop.load.completion_tokens / whole if is_whole and whole else float("nan"),
+        whole * loop.schedule_updates / loop.updates / 3600 if is_whole else float("nan"),
+    )
+
+
+def remedy(row: Row, hbm: float) -> str:
+    """Which program does not fit, by how much, and what to change."""
+    largest = sorted(row.hbm, key=row.hbm.get, reverse=True)[:2]
+    over = (row.hbm_total - hbm) / 1e9
+    parts = "; ".join(f"{kind} {row.hbm[kind] / 1e9:.1f} GB: {REMEDIES[kind]}" for kind in largest)
+    return (
+        f"{row.layout}: {row.program} needs {row.hbm_total / 1e9:.1f} GB a device, {over:.1f} GB more than the "
+        f"{hbm / 1e9:.1f} GB there are. {parts}"
+    )

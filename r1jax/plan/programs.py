@@ -1,0 +1,322 @@
+"""The programs of the RL loop as a run calls them, with shapes where a run has arrays, ready to be compiled.
+
+They come from the run's own factories (reinforce.programs, run.state_like). Around each stands what else
+lies on the devices at that moment of the loop, since a program that fits alone may not fit there.
+"""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax import minibatches, reinforce, run, sharding
+from r1jax.model import lora, transformer
+from r1jax.model.config import ModelConfig
+from r1jax.plan import flops
+from r1jax.rewards.pool import Graded
+from r1jax.rollout import Sample
+from r1jax.sampler import buckets
+from r1jax.types import Completion
+
+Tree = Any  # of jax.ShapeDtypeStruct, each with its sharding
+Compiled = Mapping[str, Any]  # name of a program -> jax.stages.Compiled, of those before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program and its place in the loop.
+
+    Attributes:
+        lower: makes the program for the compiler, given those compiled before it.
+        calls: in a rollout and its updates; whole numbers only on average.
+        trips: of its loops whose length the compiler cannot know.
+        flops: of the model in one call, over all devices.
+        takes: its arguments by kind: parameters, optimizer, reference, cache, batch, ...
+        beside: what else lies on the devices, by kind.
+        gives: of what it computes, what has a kind of its own.
+        tokens: it reads or writes in one call.
+    """
+
+    name: str
+    lower: Callable[[Compiled], Any]
+    calls: float
+    trips: int
+    flops: float
+    tokens: float
+    takes: dict[str, Tree]
+    beside: dict[str, Tree]
+    gives: dict[str, Tree] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a rollout is assumed to hold; none of it is known before the run.
+
+    Attributes:
+        completion_tokens: mean of all completions.
+        prompt_tokens: mean of all prompts.
+    """
+
+    completion_tokens: float
+    prompt_tokens: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """All programs of one layout and what they do in a rollout."""
+
+    programs: tuple[Program, ...]
+    updates: int  # per rollout
+    completions: int  # per rollout
+    load: Load
+    schedule_updates: int  # of the whole run
+
+
+def device_bytes(tree: Tree) -> float:
+    """Bytes of a tree on one device."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(np.prod(a.sharding.shard_shape(a.shape), dtype=float) * a.dtype.itemsize for a in leaves))
+
+
+def _put(tree: Tree, lies: Any) -> Tree:
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, lies)
+
+
+def abstract_policy(config: Any, model: ModelConfig, layout: sharding.Layout) -> run.Policy:
+    """A policy whose weights are shapes with shardings; with adapters the frozen ones are bfloat16, as released."""
+    adapting = run.adapting(model, config.lora)
+    lies = run.param_shardings(model, layout)
+    tokenizer = types.SimpleNamespace(eos_ids=frozenset({1}))
+    if adapting is None:
+        return run.Policy(model, _put(transformer.shapes(model), lies), tokenizer, None)
+    small = jax.tree.map(lambda _: layout.sharding(), lora.shapes(model, adapting))
+    frozen = _put(transformer.shapes(model, jnp.bfloat16), lies)
+    return run.Policy(model, _put(lora.shapes(model, adapting), small), tokenizer, None, adapting, frozen)
+
+
+def _minibatch(made: reinforce.Programs, model: ModelConfig, layout: sharding.Layout, n_items: int) -> Tree:
+    """Shapes of a minibatch's arrays: their names and types are those that packing two tokens gives."""
+    routed = (2, model.n_moe, model.num_experts_per_tok)
+    completion = Completion(0, 0, np.ones(1, np.int32), np.zeros(1, np.float32), "stop", np.zeros(routed, np.int16))
+    sample = Sample({}, "", (1, 1), completion, "", Graded(0, {}, 0.0, None, (), 0.0))
+    shape = dataclasses.replace(made.shape, row_tokens=4, rows=1)
+    arrays, _ = minibatches.pack([minibatches.Trained(sample, 0.0, True)], shape, made.objective, 1)
+    arrays["old_logp"] = arrays["sampler_logp"]
+    if made.objective.kl_coef:
+        arrays["ref_logp"] = arrays["sampler_logp"]
+    sizes = -(-n_items // made.shape.rows), made.shape.rows, made.shape.row_tokens
+    return {
+        name: jax.ShapeDtypeStruct(
+            (*sizes, *a.shape[3:]),
+            jax.dtypes.canonicalize_dtype(a.dtype),
+            sharding=layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)),
+        )
+        for name, a in arrays.items()
+    }
+
+
+def _slots(verbs: Any, slots: int, length: int) -> Tree:
+    """Shapes of the sampler's state, laid out as slots.py does."""
+    like = jax.eval_shape(lambda: verbs._empty(slots, length))
+    axes = transformer.ATTENTION[verbs.model.attention].CACHE_AXES
+
+    def one(path: tuple, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        named = axes.get(getattr(path[-1], "key", None), ("rows", *(None,) * (a.ndim - 1)))
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=verbs.layout.sharding(*named))
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def loop(config: Any, model: ModelConfig, layouts: dict[str, sharding.Layout], load: Load) -> Loop:
+    """The programs of `config`'s RL loop for a model under two layouts.
+
+    Raises:
+        ValueError: a setting that cannot be, or a dimension that does not divide (config.mesh.*, config.sampler.*).
+    """
+    policy = abstract_policy(config, model, layouts["train"])
+    made = reinforce.programs(config, policy, layouts)
+    state = run.state_like(policy, layouts["train"], made.optimizer)
+    always = {"parameters": state["policy"], "optimizer": state["optim"]}
+    if made.objective.kl_coef:
+        always["reference"] = state["policy"]
+    if policy.frozen is not None:
+        always["frozen"] = policy.frozen
+    settings = made.settings
+    return Loop(
+        (
+            *_rollout(config, policy, made, layouts["decode"], always, load),
+            *_training(policy, made, state, layouts["train"], always, load),
+        ),
+        settings.minibatches,
+        settings.prompts_per_rollout * settings.group_size,
+        load,
+        settings.updates,
+    )
+
+
+def _rollout(
+    config: Any,
+    policy: run.Policy,
+    made: reinforce.Programs,
+    layout: sharding.Layout,
+    always: dict[str, Tree],
+    load: Load,
+) -> list[Program]:
+    settings, verbs, model = made.settings, made.verbs, policy.config
+    sizes, prompts = verbs.config, settings.prompts_per_rollout
+    n_slots, n_rows = sizes.slots, sizes.prefill_prompts
+    completions = prompts * settings.group_size
+    prompt_length = -(-config.data.max_prompt_tokens // 16) * 16
+    lengths = buckets(max(sizes.cache_bucket, prompt_length + 16), settings.longest + config.data.max_prompt_tokens)
+    is_waiting = completions > n_slots
+    filled = lengths[-1] if is_waiting else lengths[0]  # the cache when prompts come in
+    # No rollout ends before its longest completion. Every step is priced with full caches, which they are in the end.
+    steps = max(float(settings.longest), completions * load.completion_tokens / n_slots)
+
+    def like(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
+
+    to_decode = made.to_decode
+    weights = _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout))
+    prompt, length = like((n_rows, prompt_length), jnp.int32), like((n_rows,), jnp.int32)
+    columns = [like((n_slots,), jnp.int32)] * 4
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = like(key.shape, key.dtype)
+    scalar = like((), jnp.int32)
+    slots = {n: _slots(verbs, n_slots, n) for n in lengths}
+
+    def prefix(done: Compiled) -> Tree:
+        return _put(jax.eval_shape(verbs.prefill, weights, prompt, length), done["prefill"].output_shardings)
+
+    programs = [
+        Program(
+            "layout",
+            lambda done: to_decode.func.lower(policy.params, **to_decode.keywords),
+            calls=1,
+            trips=1,
+            flops=0.0,
+            tokens=0,
+            takes={"parameters": policy.params, **({} if policy.frozen is None else {"frozen": policy.frozen})},
+            beside={k: v for k, v in always.items() if k not in ("parameters", "frozen")},
+            gives={"weights": weights},
+        ),
+        Program(
+            "prefill",
+            lambda done: verbs.prefill.lower(weights, prompt, length),
+            calls=prompts / n_rows,
+            trips=1,
+            flops=flops.forward(model, n_rows * prompt_length, prompt_length / 2),
+            tokens=n_rows * prompt_length,
+            takes={"weights": weights},
+            beside={**always, "cache": slots[filled]},
+        ),
+        Program(
+            "insert",
+            lambda done: verbs.insert.lower(slots[filled], prefix(done), *columns, key),
+            calls=max(prompts / n_rows, completions / (n_slots * sizes.refill_share) if is_waiting else 0),
+            trips=1,
+            flops=0.0,
+            tokens=0,
+            takes={"cache": slots[filled]},
+            beside={**always, "weights": weights},
+        ),
+    ]
+    if len(lengths) > 1:
+        programs.append(
+            Program(
+                "resize",
+                lambda done: verbs.resize.lower(slots[lengths[-2]], None, lengths[-1]),
+                calls=len(lengths) - 1,
+                trips=1,
+                flops=0.0,
+                tokens=0,
+                takes={"cache": slots[lengths[-2]]},
+                beside={**always, "weights": weights},
+                gives={"cache": slots[lengths[-1]]},
+            )
+        )
+    programs.append(
+        Program(
+            "generate",
+            lambda done: verbs.generate.lower(weights, slots[lengths[-1]], like((n_slots,), bool), scalar, scalar),
+            calls=steps / sizes.tokens_per_dispatch,
+            trips=sizes.tokens_per_dispatch,
+            flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, lengths[-1]),
+            tokens=n_slots * sizes.tokens_per_dispatch,
+            takes={"weights": weights, "cache": slots[lengths[-1]]},
+            beside=always,
+        )
+    )
+    return programs
+
+
+def _training(
+    policy: run.Policy,
+    made: reinforce.Programs,
+    state: Tree,
+    layout: sharding.Layout,
+    always: dict[str, Tree],
+    load: Load,
+) -> list[Program]:
+    settings, shape, model = made.settings, made.shape, policy.config
+    items = settings.prompts_per_update * settings.group_size
+    batch = _minibatch(made, model, layout, items)
+    # Rows are taken to be full, and prompts to be read once in each row that has some of their completions.
+    prompts = settings.prompts_per_update if settings.share_prompt else items
+    tokens = items * load.completion_tokens + prompts * load.prompt_tokens
+    trips = max(1, round(tokens / (shape.rows * shape.row_tokens) + 0.499))
+    read = trips * shape.rows * shape.row_tokens
+    keys = min(load.completion_tokens + load.prompt_tokens, shape.row_tokens) / 2
+    work = flops.forward(model, tokens, keys)
+    n = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
+    flag = jax.ShapeDtypeStruct((), jnp.bool_, sharding=layout.sharding())
+    batches = [batch] * settings.minibatches  # all of a rollout are packed before the first update
+    unscored = {k: v for k, v in batch.items() if k not in ("old_logp", "ref_logp")}
+
+    def score(params: Tree) -> Any:
+        return made.score.func.lower(params, unscored, n, **made.score.keywords)
+
+    def beside(*taken: str) -> dict[str, Tree]:
+        return {**{k: v for k, v in always.items() if k not in taken}, "batch": batches[1:]}
+
+    scored = (settings.minibatches if "reference" in always else 0) + (
+        settings.minibatches - 1 if settings.old_logp == "policy" else 0
+    )
+    frozen = {"frozen": policy.frozen} if policy.frozen is not None else {}
+    programs = []
+    if scored:
+        kept = "reference" if "reference" in always else "parameters"
+        programs.append(
+            Program(
+                "score",
+                lambda done: score(always[kept]),
+                calls=scored,
+                trips=trips,
+                flops=work,
+                tokens=read,
+                takes={kept: always[kept], **frozen, "batch": unscored},
+                beside=beside(kept, "frozen"),
+            )
+        )
+    programs.append(
+        Program(
+            "update",
+            lambda done: made.update.func.lower(state, batch, n, flag, **made.update.keywords),
+            calls=settings.minibatches,
+            trips=trips,
+            flops=flops.BACKWARD * work,
+            tokens=read,
+            takes={"parameters": state["policy"], "optimizer": state["optim"], **frozen, "batch": batch},
+            beside=beside("parameters", "optimizer", "frozen"),
+            gives={"gradients": jax.tree.map(_float32, state["policy"])},
+        )
+    )
+    return programs
+
+
+def _float32(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding)

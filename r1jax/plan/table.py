@@ -1,0 +1,174 @@
+"""Plans as text, as JSON rows and as one small HTML page."""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from r1jax.plan.account import Plan, Row, remedy
+from r1jax.plan.topology import Topology
+
+KINDS = (*("parameters", "frozen", "optimizer", "reference", "gradients", "weights", "cache", "batch", "activations"),)
+
+
+def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
+    for limit, unit, scale in ((1e-3, "us", 1e6), (1.0, "ms", 1e3), (600.0, "s", 1.0), (math.inf, "min", 1 / 60)):
+        if seconds < limit:
+            return f"{seconds * scale:.3g} {unit}"
+    return ""
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))  # noqa: B905
+        for line in lines
+    )
+
+
+def _bottleneck(row: Row) -> str:
+    if row.cost is None:
+        return "does not compile"
+    exposed = max(row.cost.seconds - row.cost.compute_s - row.cost.kernel_s, 0.0)
+    return f"{exposed / row.cost.seconds:.0%} waits" if row.cost.seconds else "-"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}" if size else "-"
+
+
+def _layout(plan: Plan, topology: Topology) -> str:
+    lines = [("program", "HBM GB", "fits", "estimate", "waits", "MFU", "calls", "compile")]
+    for row in plan.rows:
+        mfu = f"{row.mfu:.1%}" if row.flops and row.cost else "-"
+        compile_s = f"{row.compile_s:.0f} s"
+        cells = (_gb(row.hbm_total), "yes" if row.fits else "NO", _time(row.est_s), _bottleneck(row), mfu)
+        lines.append((row.program, *cells, f"{row.calls:.0f}", compile_s))
+    kinds = [kind for kind in KINDS if any(row.hbm.get(kind) for row in plan.rows)]
+    memory = [("GB a device", *kinds)]
+    memory += [(row.program, *(_gb(row.hbm.get(kind, 0.0)) for kind in kinds)) for row in plan.rows]
+    moved = [("GB a device and call", "collective", "mesh axes", "bytes", "time")]
+    for row in plan.rows:
+        found = sorted(row.cost.moved.items(), key=lambda item: -row.cost.wire[item[0]]) if row.cost else []
+        for (kind, axes), size in found[:6]:
+            if size > 1e6:
+                moved.append((row.program, kind, axes or "-", f"{size / 1e9:.3g} GB", _time(row.cost.wire[kind, axes])))
+    parts = [f"== {plan.layout} ==", _columns(lines), "", _columns(memory)]
+    if len(moved) > 1:
+        parts += ["", _columns(moved)]
+    unpriced = {row.program: row.cost.unpriced for row in plan.rows if row.cost and row.cost.unpriced}
+    loops = {row.program: row.cost.open_loops for row in plan.rows if row.cost and row.cost.open_loops}
+    for name, n in unpriced.items():
+        parts.append(f"{name}: {n} kernels without an estimate are left out of its time")
+    for name, n in loops.items():
+        parts.append(f"{name}: {n} inner loops of unknown length are counted once")
+    parts += [remedy(row, topology.chip.hbm) for row in plan.rows if not row.fits]
+    if not math.isnan(plan.run_hours):
+        day = plan.tokens_per_s * 86400
+        parts.append(
+            f"the loop, estimated: rollout {_time(plan.rollout_s)}, scoring and updates {_time(plan.updates_s)}; "
+            f"{plan.tokens_per_s:,.0f} completion tokens a second, {day:.3g} a day; the whole schedule "
+            f"{plan.run_hours:,.0f} hours on {topology.chips} chips, {plan.run_hours * topology.chips:,.0f} chip-hours"
+        )
+    return "\n".join(parts)
+
+
+def _comparison(plans: Sequence[Plan]) -> str:
+    lines = [("layout", "fits", "largest HBM GB", "rollout", "score+update", "update MFU", "tokens/s", "schedule h")]
+    for plan in plans:
+        update = next((row for row in plan.rows if row.program == "update"), None)
+        lines.append(
+            (
+                plan.layout,
+                "yes" if plan.fits else "NO",
+                _gb(max(row.hbm_total for row in plan.rows)),
+                _time(plan.rollout_s),
+                _time(plan.updates_s),
+                f"{update.mfu:.1%}" if update and update.cost else "-",
+                "-" if math.isnan(plan.tokens_per_s) else f"{plan.tokens_per_s:,.0f}",
+                "-" if math.isnan(plan.run_hours) else f"{plan.run_hours:,.0f}",
+            )
+        )
+    return _columns(lines)
+
+
+def rank(plans: Sequence[Plan]) -> list[Plan]:
+    """Those that fit first, then by the time of the loop; what could not be priced comes last."""
+    return sorted(plans, key=lambda p: (not p.fits, math.isnan(p.rollout_and_updates_s), p.rollout_and_updates_s))
+
+
+def text(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[str]) -> str:
+    """All layouts, and a comparison where there are several."""
+    parts = [title, *notes, ""]
+    for plan in plans:
+        parts += [_layout(plan, topology), ""]
+    if len(plans) > 1:
+        parts += ["== comparison, best first ==", _comparison(rank(plans))]
+    return "\n".join(parts).rstrip()
+
+
+def rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Rows for JSON: layout, program, hbm_gb, fits, est_s, mfu, collective_gb, compile_s, and details behind them."""
+    out = []
+    for plan in plans:
+        for row in plan.rows:
+            cost = row.cost
+            out.append(
+                {
+                    "layout": row.layout,
+                    "program": row.program,
+                    "hbm_gb": row.hbm_total / 1e9,
+                    "fits": row.fits,
+                    "est_s": row.est_s if cost else None,
+                    "mfu": row.mfu if cost else None,
+                    "collective_gb": sum(cost.moved.values()) / 1e9 if cost else None,
+                    "compile_s": row.compile_s,
+                    "calls": row.calls,
+                    "flops": row.flops,
+                    "hbm_gb_by_kind": {kind: size / 1e9 for kind, size in row.hbm.items()},
+                    "collective_gb_by_kind": {f"{k} {a}": v / 1e9 for (k, a), v in cost.moved.items()} if cost else {},
+                    "compute_s": cost.compute_s if cost else None,
+                    "wire_s": cost.wire_s if cost else None,
+                    "kernel_s": cost.kernel_s if cost else None,
+                    "failed": row.failed,
+                }
+            )
+    return out
+
+
+def as_json(plans: Sequence[Plan]) -> str:
+    """The rows as JSON; what is not known is null."""
+    return json.dumps(rows(plans), indent=1, allow_nan=False) + "\n"
+
+
+COLORS = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2", "#97bbf5", "#3ca951", "#9c6b4e", "#9498a0")
+
+
+def page(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[str]) -> str:
+    """A page of bars: memory by kind of every program, and the text."""
+    bars = []
+    for plan in rank(plans):
+        bars.append(f"<h2>{html.escape(plan.layout)}</h2>")
+        most = max([topology.chip.hbm, *(row.hbm_total for row in plan.rows)])
+        for row in plan.rows:
+            parts = "".join(
+                f'<i style="width:{100 * row.hbm.get(kind, 0) / most:.2f}%;background:{color}" '
+                f'title="{kind} {row.hbm.get(kind, 0) / 1e9:.2f} GB"></i>'
+                for kind, color in zip(KINDS, COLORS, strict=True)
+            )
+            limit = f'<u style="left:{100 * topology.chip.hbm / most:.2f}%"></u>'
+            mfu = f", MFU {row.mfu:.0%}" if row.flops and row.cost else ""
+            label = f"{row.program}: {row.hbm_total / 1e9:.1f} GB, {_time(row.est_s)}{mfu}"
+            bars.append(f"<p>{html.escape(label)}</p><div>{parts}{limit}</div>")
+    legend = " ".join(f'<b style="color:{c}">&#9632;</b> {k}' for k, c in zip(KINDS, COLORS, strict=True))
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
+        "body{font:14px system-ui;max-width:60em;margin:2em auto;padding:0 1em}p{margin:.6em 0 .1em}"
+        "div{position:relative;background:#eee;height:1.2em}i{float:left;height:100%}"
+        "u{position:absolute;top:-2px;bottom:-2px;border-left:2px solid #c00}pre{overflow:auto}</style>"
+        f"<h1>{html.escape(title)}</h1><p>{legend} | red: what a device has, {topology.chip.hbm / 1e9:.1f} GB</p>"
+        f"{''.join(bars)}<pre>{html.escape(text(title, plans, topology, notes))}</pre>\n"
+    )

@@ -1,0 +1,364 @@
+"""Laws of the planner: what it reads in a program's text, what it makes of it, and what it says to wrong input."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from tiny import DEEPSEEK, QWEN, QWEN_MOE
+
+from r1jax import sharding
+from r1jax.plan import account, compare, estimate, flops, hlo, interconnect, layout, programs, table, topology
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def slice_of(name: str) -> topology.Topology:
+    """A topology whose devices are only places on the torus."""
+    kind, shape, slices = topology.parse(name)
+    devices = tuple(
+        types.SimpleNamespace(coords=tuple(int(i) for i in at), slice_index=s, platform="tpu")
+        for s in range(slices)
+        for at in np.ndindex(shape)
+    )
+    return topology.Topology(name, topology.CHIPS[kind], shape, slices, devices)
+
+
+def row_of(slice_: topology.Topology, dimension: int, n: int, stride: int = 1) -> list:
+    return [d for d in slice_.devices if all(c == 0 for i, c in enumerate(d.coords) if i != dimension)][::stride][:n]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v9:4x4", "wanted one of v4:AxBxC"),
+        ("v5e:4x4x4", "torus of 2 dimensions"),
+        ("v5p:8x8", "torus of 3 dimensions"),
+        ("v5p", "wanted one of"),
+    ],
+)
+def test_an_unknown_topology_lists_the_known(name, said):
+    with pytest.raises(ValueError, match=said):
+        topology.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fspd4", "did you mean fsdp"),
+        ("fsdp4-tensor8", "is 32, but the topology has 16 devices"),
+        ("fsdp4-fsdp4", "each once"),
+        ("fsdp16/expert4", "is 4, but"),
+        ("fsdp16/fsdp16/fsdp16", "TRAIN/DECODE"),
+    ],
+)
+def test_a_wrong_layout_says_what_is_wrong(name, said):
+    with pytest.raises(ValueError, match=said):
+        layout.parse(name, 16)
+
+
+def test_a_layout_may_differ_between_the_phases():
+    assert layout.parse("fsdp4-tensor4", 16) == ({"fsdp": 4, "tensor": 4},) * 2
+    assert layout.parse("fsdp16/data2-tensor8", 16) == ({"fsdp": 16}, {"data": 2, "tensor": 8})
+    assert layout.spell({"tensor": 8, "data": 2, "expert": 1}) == "data2-tensor8"
+
+
+def test_decoding_takes_the_devices_of_training_in_their_order():
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    both = sharding.layouts(mesh, {"data": 4, "fsdp": 0, "expert": 0, "context": 0, "tensor": 2})
+    assert list(both["decode"].mesh.devices.flat) == list(both["train"].mesh.devices.flat)
+    assert both["decode"].mesh.shape["data"] == 4 and both["train"].mesh.shape["fsdp"] == 2
+    with pytest.raises(ValueError, match="config.decode_mesh"):
+        sharding.layouts(mesh, {"data": 3})
+
+
+def test_active_weights_are_the_published_ones():
+    models = {name: compare.model_config(name) for name in ("deepseek_v3", "deepseek_v2_lite", "qwen3_30b_a3b")}
+    # Published as 37B (with the embedding's 0.9B), 2.4B and 3.3B with 2 x 0.3B of embedding and head.
+    assert flops.active_weights(models["deepseek_v3"]) == pytest.approx(36.6e9, rel=0.01)
+    assert flops.active_weights(models["deepseek_v2_lite"]) == pytest.approx(2.4e9, rel=0.06)
+    assert flops.active_weights(models["qwen3_30b_a3b"]) == pytest.approx(3.0e9, rel=0.03)
+
+
+@pytest.mark.parametrize("config", [QWEN, QWEN_MOE, DEEPSEEK], ids=["dense", "moe", "mla"])
+def test_operations_are_those_of_the_model(config):
+    # One token more costs two operations for each of its weights; one key more the products with it in every layer.
+    keyless = flops.forward(config, 1, 0)
+    assert keyless == 2 * flops.active_weights(config)
+    heads = config.num_hidden_layers * config.num_attention_heads
+    width = 6 + 4 + 5 if config.attention == "mla" else 2 * config.head_dim
+    assert flops.forward(config, 3, 10) == 3 * (keyless + 10 * 2 * heads * width)
+
+
+def test_iota_groups_are_read_as_listed_ones():
+    assert hlo.groups(", replica_groups={{0,1},{2,3}}, x") == [[0, 1], [2, 3]]
+    assert hlo.groups(", replica_groups=[2,2]<=[4]") == [[0, 1], [2, 3]]
+    assert hlo.groups(", replica_groups=[2,2]<=[2,2]T(1,0)") == [[0, 2], [1, 3]]
+    assert hlo.groups(", source_target_pairs={{0,1},{1,0}}, x") == [[0, 1], [1, 0]]
+    order = np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1).reshape(4, 6)
+    assert hlo.groups("replica_groups=[4,6]<=[2,3,4]T(2,0,1)") == order.tolist()
+
+
+def test_groups_along_the_axes_of_a_mesh():
+    assert hlo.groups(", replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert hlo.groups(", replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}") == [[0, 1, 2, 3]]
+    # A part of an axis: of its eight, pairs that are two apart.
+    parts = hlo.groups(", replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}")
+    assert parts == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    with pytest.raises(ValueError, match="not understood"):
+        hlo.groups(", replica_groups=rings(3)")
+
+
+def test_sizes_of_types():
+    assert hlo.shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, f32[], s4[8])") == [12, 4, 4]
+    assert hlo.shape_bytes("f8e4m3fn[10]") == [10] and hlo.shape_bytes("pred[3]{0}") == [3]
+
+
+def test_a_gather_is_bound_by_the_links_into_a_chip():
+    slice_ = slice_of("v5p:8x8x16")
+    link = slice_.chip.link
+    ring = row_of(slice_, 2, 16)
+    assert interconnect.seconds(slice_, "all-gather", 1e9, ring) == pytest.approx(1e9 * 15 / 16 / (2 * link), rel=0.01)
+    # Half a ring has no way back, and an all-reduce is a scatter and a gather.
+    half = interconnect.seconds(slice_, "all-gather", 1e9, row_of(slice_, 2, 8))
+    assert half == pytest.approx(1e9 * 7 / 8 / link, rel=0.01)
+    assert interconnect.seconds(slice_, "all-reduce", 1e9, row_of(slice_, 2, 8)) == pytest.approx(2 * half, rel=0.01)
+    # Every other chip of a ring: the other half uses the same links.
+    every_other = interconnect.seconds(slice_, "all-gather", 1e9, row_of(slice_, 2, 8, stride=2))
+    assert every_other == pytest.approx(1e9 * 7 / 8 / link, rel=0.01)
+
+
+def test_two_slices_meet_over_the_slow_network():
+    slices = slice_of("2*v5e:4x4")
+    pair = [slices.devices[0], slices.devices[16]]
+    assert interconnect.seconds(slices, "all-gather", 1e9, pair) == 1e9 / slices.chip.dcn
+    assert slices.chips == 32
+
+
+def test_axes_of_a_group():
+    mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    assert interconnect.axes(mesh, [0, 1]) == "tensor"
+    assert interconnect.axes(mesh, [0, 4]) == "fsdp"
+    assert interconnect.axes(mesh, [1, 3, 5, 7]) == "fsdp+expert"
+
+
+# A loop of eight layers by whose text one sees what counts: 8 x (1503 cycles beside a gather, a kernel, a reduction).
+SMALL = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%fused (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %inside = bf16[8,128]{1,0} add(%p, %p), backend_config={"estimated_cycles":"999999"}
+}
+
+%body (arg: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %arg = (s32[], /*index=1*/bf16[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = bf16[8,128]{1,0} get-tuple-element(%arg), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %start = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}
+  %work = bf16[8,128]{1,0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="(b"},\
+ backend_config={"estimated_cycles":"1503"}
+  %done = bf16[32,128]{1,0} all-gather-done(%start)
+  %sum = bf16[8,128]{1,0} all-reduce(%work), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %out = (s32[], bf16[8,128]{1,0}) tuple(%next, %sum)
+}
+
+%condition (arg: (s32[], bf16[8,128])) -> pred[] {
+  %carry = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %at = s32[] get-tuple-element(%carry), index=0
+  %limit = s32[] constant(8)
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[8,128]) -> (s32[], bf16[8,128]) {
+  %x.1 = bf16[8,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start.1 = (s32[], bf16[8,128]{1,0}) tuple(%zero, %x.1)
+  ROOT %loop = (s32[], bf16[8,128]{1,0}) while(%start.1), condition=%condition, body=%body
+}
+"""
+
+
+def four() -> tuple[topology.Topology, types.SimpleNamespace]:
+    slice_ = slice_of("v5e:2x2")
+    names = ("data", "fsdp", "expert", "context", "tensor")
+    shape = dict(zip(names, (1, 2, 1, 1, 2), strict=True))
+    return slice_, types.SimpleNamespace(devices=np.array(slice_.devices, object), shape=shape, axis_names=names)
+
+
+def test_a_loop_costs_its_trips_and_a_fusion_only_itself():
+    cost = estimate.cost(SMALL, *four(), open_trips=3)
+    assert cost.compute_s == pytest.approx(8 * 1503 / 1.503e9)
+    assert cost.moved == {("all-gather", "fsdp+tensor"): 8 * 32 * 128 * 2, ("all-reduce", "tensor"): 8 * 8 * 128 * 2}
+
+
+def test_what_runs_beside_compute_costs_only_the_rest():
+    slice_, mesh = four()
+    cost = estimate.cost(SMALL, slice_, mesh, open_trips=3)
+    gather, reduction = cost.wire["all-gather", "fsdp+tensor"] / 8, cost.wire["all-reduce", "tensor"] / 8
+    assert cost.seconds == pytest.approx(8 * (max(gather, 1e-6) + reduction))
+    alone = estimate.cost(SMALL.replace("%done = ", "%late = ").replace("all-gather-done", "copy"), slice_, mesh, 3)
+    assert alone.seconds <= cost.seconds
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_the_program_says():
+    unknown = SMALL.replace("%limit = s32[] constant(8)", "%limit = s32[] get-tuple-element(%carry), index=0")
+    assert estimate.cost(unknown, *four(), open_trips=3).compute_s == pytest.approx(3 * 1e-6)
+
+
+def test_a_loop_may_step_by_two():
+    by_two = SMALL.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
+    assert estimate.cost(by_two, *four(), open_trips=3).compute_s == pytest.approx(4 * 1e-6)
+
+
+def test_a_reduce_scatter_may_hide_in_a_fusion():
+    hidden = SMALL.replace(
+        "ROOT %inside = bf16[8,128]{1,0} add(%p, %p)",
+        "%all = bf16[8,128]{1,0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add\n"
+        "  ROOT %inside = bf16[4,128]{1,0} dynamic-slice(%all)",
+    )
+    moved = estimate.cost(hidden, *four(), open_trips=3).moved
+    assert moved["reduce-scatter", "tensor"] == 8 * 8 * 128 * 2
+
+
+def test_a_chain_of_fusions_repeats_one_collective():
+    # As the compiler writes it: each fusion of a chain has the gather in it, from the one that starts it to the last.
+    chained = SMALL.replace(
+        "ROOT %inside = bf16[8,128]{1,0} add(%p, %p)",
+        "%all = bf16[3200000,128]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=2] "
+        "{'axis_1'}, frontend_attributes={chain_id=\"0\"}\n  ROOT %inside = bf16[8,128]{1,0} add(%p, %p)",
+    ).replace(
+        "%sum =",
+        '%more = bf16[8,128]{1,0} fusion(%x), calls=%fused, backend_config={"estimated_cycles":"1503"}\n  %sum =',
+    )
+    slice_, mesh = four()
+    cost = estimate.cost(chained, slice_, mesh, open_trips=3)
+    size = 3_200_000 * 128 * 2
+    assert cost.moved["all-gather", "tensor"] == 8 * size and cost.compute_s == pytest.approx(16e-6)
+    wire = interconnect.seconds(slice_, "all-gather", size, slice_.devices[:2])
+    assert cost.seconds == pytest.approx(8 * (wire + cost.wire["all-reduce", "tensor"] / 8), rel=0.01)
+
+
+def test_a_kernel_without_an_estimate_is_named():
+    kernel = '  %k = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
+    text = SMALL.replace("  %done", f"{kernel}\n  %done")
+    assert estimate.cost(text, *four(), open_trips=3).unpriced == 1
+    priced = text.replace(
+        '"tpu_custom_call"',
+        '"tpu_custom_call", backend_config={"cost_estimate":{"flops":985000000,"bytes_accessed":8}}',
+    )
+    cost = estimate.cost(priced, *four(), open_trips=3)
+    assert cost.unpriced == 0 and cost.kernel_s == pytest.approx(8 * 985e6 / (estimate.KERNEL_COMPUTE * 197e12))
+
+
+def a_row(**changed) -> account.Row:
+    cost = estimate.Cost(seconds=2.0, compute_s=1.0)
+    fields = {
+        "layout": "fsdp4", "program": "update", "calls": 16.0, "trips": 1, "tokens": 1.0, "flops": 1e12, "fits": True,
+        "compile_s": 2.0, "hbm": {"parameters": 2e9, "activations": 3e9}, "cost": cost, "mfu": 0.4,
+    }  # fmt: skip
+    return account.Row(**{**fields, **changed})
+
+
+def a_plan(layout_name: str, updates_s: float, *rows: account.Row) -> account.Plan:
+    return account.Plan(layout_name, rows, 1.0, updates_s, 10.0, 1.0)
+
+
+def test_rows_of_json_have_the_agreed_keys():
+    broken = a_row(cost=None, fits=False, failed="too large")
+    rows = json.loads(table.as_json([a_plan("fsdp4", 2.0, a_row(), broken)]))
+    keys = {"layout", "program", "hbm_gb", "fits", "est_s", "mfu", "collective_gb", "compile_s"}
+    assert all(keys <= row.keys() for row in rows)
+    assert rows[0]["hbm_gb"] == 5.0 and rows[0]["est_s"] == 2.0 and rows[1]["est_s"] is None
+
+
+def test_what_does_not_fit_ranks_last_and_says_what_to_change():
+    slice_ = slice_of("v5e:2x2")
+    large = a_row(layout="tensor4", hbm={"cache": 20e9, "weights": 1e9}, fits=False)
+    plans = [a_plan("tensor4", 1.0, large), a_plan("fsdp4", 3.0, a_row()), a_plan("data4", 2.0, a_row())]
+    assert [p.layout for p in table.rank(plans)] == ["data4", "fsdp4", "tensor4"]
+    said = table.text("title", plans, slice_, ["note"])
+    assert "tensor4: update needs 21.0 GB a device, 4.1 GB more than the 16.9 GB there are" in said
+    assert "fewer sampler.slots" in said
+    assert "21.0 GB" in table.page("title", plans, slice_, ["note"])
+
+
+def zero(model: str = "") -> object:
+    from r1jax.main import load_config
+
+    return load_config(f"configs/zero.py{model and ':'}{model}")
+
+
+def asked(**changed) -> compare.Asked:
+    return compare.Asked(
+        **{
+            "model": "tiny", "topology": "v5e:2x2", "layouts": ("fsdp4",), "is_search": False, "ablations": (),
+            "programs": (), "completion_tokens": 100, "prompt_tokens": 20, **changed,
+        }
+    )  # fmt: skip
+
+
+def test_an_unknown_model_lists_the_known(monkeypatch):
+    monkeypatch.setattr(compare, "open_topology", slice_of)
+    with pytest.raises(ValueError, match=r"--model=tony: wanted one of tiny, deepseek_v3"):
+        compare.compare(zero(), asked(model="tony"), print)
+
+
+def test_without_libtpu_the_command_to_install_it_is_named(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape("pip install 'r1jax[tpu]'")):
+        topology.open_topology("v5e:2x2")
+
+
+def test_heads_that_do_not_divide_are_named():
+    config, model = zero("qwen2_5_7b"), compare.model_config("qwen2_5_7b")
+    layouts = sharding.layouts(sharding.make_mesh({"tensor": 8}))
+    with pytest.raises(ValueError, match=r"kv_heads of 4 does not divide over 8 devices; change config.mesh.tensor"):
+        programs.loop(config, model, layouts, programs.Load(100, 20))
+
+
+LOOP = """
+from r1jax.main import load_config
+from r1jax import sharding
+from r1jax.plan import compare, programs
+config, model = load_config("configs/zero.py"), compare.model_config("tiny")
+layouts = sharding.layouts(sharding.make_mesh({"fsdp": 8}))
+loop = programs.loop(config, model, layouts, programs.Load(100, 20))
+by_name = {p.name: p for p in loop.programs}
+assert list(by_name) == ["layout", "prefill", "insert", "resize", "generate", "score", "update"], by_name
+for name, p in by_name.items():
+    assert {"parameters", "optimizer", "reference"} <= {*p.takes, *p.beside}, name
+    assert not {*p.takes} & {*p.beside} - {"batch"}, name
+# Parameters lie over all devices; the moments are two of them.
+sizes = {kind: programs.device_bytes(tree) for kind, tree in by_name["update"].takes.items()}
+assert abs(sizes["optimizer"] / sizes["parameters"] - 2) < 0.01, sizes
+assert by_name["update"].flops == 3 * by_name["score"].flops
+assert loop.completions == 8 * 4 * 16
+"""
+
+
+def test_the_loop_holds_what_lies_beside_each_program():
+    # In a process of its own: shapes stand where the checked records want arrays.
+    out = subprocess.run([sys.executable, "-c", LOOP], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.slow
+def test_the_loop_of_a_small_policy_compiles_for_a_tpu(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'r1jax[tpu]'")
+    command = [
+        *(sys.executable, "-m", "r1jax.plan", "--topology=v5e:2x2", "--layouts=data4,fsdp2-expert2"),
+        *(f"--json={tmp_path / 'rows.json'}", f"--html={tmp_path / 'page.html'}"),
+        *("--config.model.compute_dtype=bfloat16", "--config.model.cache_dtype=bfloat16"),
+    ]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 14 and all(row["fits"] and 0 < row["hbm_gb"] < 16 and row["est_s"] > 0 for row in rows)
+    assert "comparison, best first" in out.stdout and "chip-hours" in out.stdout
