@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -208,7 +209,11 @@ def paths(config: Config) -> Paths:
 def make_verbs(config: Config, policy: Policy, layout: sharding.Layout, drawing: DrawConfig) -> Verbs:
     """The sampling functions of this policy for one way of drawing."""
     settings, dtype = SamplerConfig(**config["sampler"]), config["model"]["cache_dtype"]
-    return Verbs(policy.config, settings, drawing, layout, sorted(policy.tokenizer.eos_ids), dtype, paths(config))
+    eos_ids = tuple(sorted(policy.tokenizer.eos_ids))
+    return _verbs(policy.config, settings, drawing, layout, eos_ids, dtype, paths(config))
+
+
+_verbs = functools.lru_cache(maxsize=4)(Verbs)  # stages that sample alike share their compiled programs
 
 
 def check_lengths(policy: Policy, prompt: int, completion: int, row: int = 0) -> None:
