@@ -32,7 +32,7 @@ def test_experts_apart_are_experts_at_hand(sizes: dict[str, int], exchange: str,
     def both(p: dict, x: jax.Array, layout: sharding.Layout | None, paths: Paths) -> tuple:
         with sharding.use(layout):
             (y, ids), pull = jax.vjp(lambda p, x: moe(p, DEEPSEEK, x, jnp.asarray(replay), paths), p, x)
-            return y, ids, pull((out, np.zeros(ids.shape, jax.dtypes.float0)))
+            return y, ids, pull((jnp.asarray(out), np.zeros(ids.shape, jax.dtypes.float0)))
 
     run = jit(both, static_argnums=(2, 3))
     want = run(p, x, None, Paths())
