@@ -59,6 +59,7 @@ def test_a_released_model_goes_in_and_out(tmp_path: pathlib.Path) -> None:
         "data.source": SHARED / "gsm8k_train.jsonl",
         "data.max_prompt_tokens": 512,
         "rl.updates": 2,
+        "rl.minibatches": 1,
         "rl.prompts_per_update": 2,
         "rl.group_size": 2,
         "rl.max_completion_tokens": 16,
