@@ -306,7 +306,7 @@ def asked(**changed) -> compare.Asked:
 
 def test_an_unknown_model_lists_the_known(monkeypatch):
     monkeypatch.setattr(compare, "open_topology", slice_of)
-    with pytest.raises(ValueError, match=r"--model=tony: wanted one of tiny, deepseek_v3"):
+    with pytest.raises(ValueError, match=r"--model=tony: wanted one of tiny, .*deepseek_v3"):
         compare.compare(zero(), asked(model="tony"), print)
 
 

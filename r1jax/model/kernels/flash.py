@@ -185,27 +185,27 @@ def _call(
     def at(row: Array, head: Array, pair: Array, *prefetched: Ref) -> tuple[Array, Array, _Step]:
         return row, head, _Step(row, pair, *prefetched[:3], own=0)
 
-    def queries(*step: Array) -> tuple:
+    def queries(*step: Any) -> tuple:
         row, head, here = at(*step)
         return row, head, here.queries, 0
 
-    def a_row(*step: Array) -> tuple:
+    def a_row(*step: Any) -> tuple:
         row, head, here = at(*step)
         return row, head, 0, here.queries
 
-    def shared(*step: Array) -> tuple:
+    def shared(*step: Any) -> tuple:
         row, head, here = at(*step)
         return row, jax.lax.div(head, g), here.keys, 0
 
-    def keys(*step: Array) -> tuple:
+    def keys(*step: Any) -> tuple:
         row, head, here = at(*step)
         return row, head, here.keys, 0
 
-    def ids(*step: Array) -> tuple:
+    def ids(*step: Any) -> tuple:
         row, _, here = at(*step)
         return row, 0, here.queries
 
-    def key_ids(*step: Array) -> tuple:
+    def key_ids(*step: Any) -> tuple:
         row, _, here = at(*step)
         return row, here.keys, 0
 
