@@ -389,23 +389,3 @@ def test_what_cannot_be_saved_exactly_is_refused(opened, tmp_path):
             c.save(1, bad, {})
     with pytest.raises(AssertionError, match="JSON"):
         c.save(1, tree(), {"cursor": (1, 2)})
-
-
-def test_leaves_are_read_where_they_are_indexed(tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SPLIT_BYTES", 64)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spread = NamedSharding(mesh, PartitionSpec(None, "x", "y"))
-    stack = np.random.default_rng(0).integers(0, 2**32, (3, 8, 4), np.uint32).view(np.float32)
-    saved = tree() | {"stack": jax.device_put(stack, spread)}
-    checkpoints = opened(tmp_path)
-    checkpoints.save(1, saved, HOST)
-    checkpoints.wait()
-    lazy = checkpoints.open(1, shapes(saved))
-    assert_same(saved, jax.tree.map(lambda leaf: leaf[()], lazy))
-    for layer in np.arange(3):
-        assert lazy["stack"][(layer,)].tobytes() == stack[layer].tobytes()
-    assert_same(saved, checkpoints.restore(1, shapes(saved))[0])
-    with pytest.raises(ValueError, match="no checkpoint of step 2"):
-        checkpoints.open(2, shapes(saved))
-    with pytest.raises(ValueError, match=r"stack is float32\[3,8,4\] there"):
-        checkpoints.open(1, shapes(saved) | {"stack": jax.ShapeDtypeStruct((3, 8), jnp.float32)})

@@ -58,7 +58,7 @@ def test_countdown_needs_no_file():
 
 @pytest.mark.parametrize("spec", ["countdwon", "tfds:", "gsm8k.json", "", "reasoning_gym"])
 def test_an_unknown_source_lists_the_kinds(spec):
-    with pytest.raises(ValueError, match=r"must be 'countdown', .*jsonl.*tfds:NAME.*reasoning_gym:FAMILY"):
+    with pytest.raises(ValueError, match=r"must be countdown, .*jsonl.*tfds:NAME.*reasoning_gym:FAMILY"):
         open_source(spec, "train", Columns())
 
 

@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
 def test_the_newest_checkpoint_is_what_the_run_left(kind: str, finished: dict, tmp_path: pathlib.Path) -> None:
     export.export(finished[kind], tmp_path / "out")
-    got, want, began = read(tmp_path / "out"), read(finished[kind] / "model"), read(finished["policy"])
+    got, want, began = read(tmp_path / "out"), read(finished[kind] / "models" / STAGE), read(finished["policy"])
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         np.testing.assert_allclose(got[name], tensor, atol=0 if kind == "whole" else 1e-6, rtol=0, err_msg=name)
@@ -48,7 +48,7 @@ def test_the_newest_checkpoint_is_what_the_run_left(kind: str, finished: dict, t
 
 
 def test_an_adapted_run_leaves_a_peft_folder_and_small_checkpoints(finished: dict) -> None:
-    folder = finished["adapted"] / "adapter"
+    folder = finished["adapted"] / "adapters" / STAGE
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     described = json.loads((folder / "adapter_config.json").read_text())
     assert described["r"] == 2 and described["base_model_name_or_path"] == str(finished["policy"])
@@ -103,7 +103,7 @@ def test_what_lies_beside_the_weights(finished: dict, tmp_path: pathlib.Path) ->
 
 def test_fp8_blocks_are_within_half_a_step(finished: dict, tmp_path: pathlib.Path) -> None:
     export.export(finished["whole"], tmp_path / "out", dtype="bfloat16", in_fp8=True)
-    got, want = read(tmp_path / "out"), read(finished["whole"] / "model")
+    got, want = read(tmp_path / "out"), read(finished["whole"] / "models" / STAGE)
     quantised = [name for name in got if name + fp8.SCALE in got]
     assert len(quantised) > 10 and not any("norm" in name or "embed" in name for name in quantised)
     for name in quantised:
@@ -136,7 +136,7 @@ def test_transformers_computes_the_same(finished: dict, tmp_path: pathlib.Path) 
     words = [sys.executable, "-m", "r1jax.export", f"--checkpoint={finished['adapted']}", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"{tmp_path / 'out'} holds " in done.stdout, done.stderr
-    config, params = convert.load(finished["adapted"] / "model")
+    config, params = convert.load(finished["adapted"] / "models" / STAGE)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     with torch.no_grad():

@@ -80,7 +80,7 @@ def test_a_reward_model_learns_what_pairs_say_and_its_measures_are_those_of_its_
     rows["tokens"][0::2, 0], rows["tokens"][1::2, 0] = 5, 6  # what is chosen begins with another token
     optimizer = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-2), params())
     update, state = updates.make_reward_update(PROGRAM, optimizer, "pairwise"), updates.init_state(params(), optimizer)
-    for _ in range(15):
+    for _ in range(40):
         state, _ = update(state, scorers.batches(rows, 64, LAYOUT), 1)
     fresh = texts(32, rng)
     fresh["tokens"][0::2, 0], fresh["tokens"][1::2, 0] = 5, 6

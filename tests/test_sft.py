@@ -15,7 +15,7 @@ from r1jax.model import convert
 from r1jax.run import Stopped
 from r1jax.text import CHAT, load_tokenizer, render_prompt
 
-TOKENIZER = load_tokenizer(corpus.BASE)
+TOKENIZER = load_tokenizer(corpus.MIXTURES["english"].base)
 ROW = 96
 QUESTIONS = [f"Using {i}, 2, 3 and + - *, make {5 + i}." for i in range(1, 13)]
 

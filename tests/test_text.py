@@ -24,7 +24,8 @@ from r1jax.text import (
 )
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
-BASE = load_tokenizer(corpus.BASE)
+BASE_FOLDER = corpus.MIXTURES["english"].base
+BASE = load_tokenizer(BASE_FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_the_begin_token_comes_where_the_model_has_learned_with_it(json_folder, 
     (folder / "generation_config.json").write_text('{"eos_token_id": [257, 5]}')
     assert load_tokenizer(folder).eos_ids == {257, 5}
     # SentencePiece folders: Llama's add it unless told otherwise, our own has no tokenizer_config.json.
-    model = (corpus.BASE / "tokenizer.model").read_bytes()
+    model = (BASE_FOLDER / "tokenizer.model").read_bytes()
     for config, adds in ((None, False), ({}, False), ({"legacy": True}, True), ({"add_bos_token": False}, False)):
         (tmp_path / "tokenizer.model").write_bytes(model)
         if config is not None:
