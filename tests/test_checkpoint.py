@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r1jax import checkpoint, hosts
+from r1jax import hosts
 from r1jax.checkpoint import Checkpoints, latest_step
 
 # Children of a fork server start in a tenth of a second, with orbax imported and no jax backend yet.

@@ -36,17 +36,17 @@ def test_a_run_leaves_a_folder_that_tells_all_and_the_same_command_again_changes
         f"evaluation at step {step}" for step in (0, 2, 4)
     ]
     assert sum(line.startswith(f"{STAGE} ") and "/4 " in line for line in lines) == 4
-    assert lines[-1] == f"done; it left {tmp_path}/report.html, {tmp_path}/model"
+    assert lines[-1] == f"done; it left {tmp_path}/report.html, {tmp_path}/models"
 
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(config.to_json())
     assert latest_step(tmp_path / "checkpoints" / STAGE) == 4
     assert "</html>" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "metrics" / STAGE).iterdir()), "TensorBoard"
-    loaded_config, loaded = convert.load(tmp_path / "model")
+    loaded_config, loaded = convert.load(tmp_path / "models" / STAGE)
     assert loaded_config == POLICY
     jax.tree.map(np.testing.assert_array_equal, loaded, trained.params)
     assert not np.array_equal(loaded["embed"], convert.load(policy)[1]["embed"]), "it has learned something"
-    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == (policy / "tokenizer.model").read_bytes()
+    assert (tmp_path / "models" / STAGE / "tokenizer.model").read_bytes() == (policy / "tokenizer.model").read_bytes()
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["wall_s"] > 0 and 0.1 < summary["peak_rss_gb"] < 20
@@ -159,7 +159,7 @@ def test_a_model_is_evaluated_alone_and_stays_as_it_is(policy, tmp_path):
     assert (record["stage"], record["step"], record["n_problems"], record["k"]) == ("evaluate", 0, 3, 4)
     rows = (tmp_path / "rollouts" / "evaluate-evaluation-000000.jsonl").read_text().splitlines()
     assert len(rows) == 3 * 4 and len({json.loads(row)["completion"] for row in rows}) > 3
-    assert "</html>" in (tmp_path / "report.html").read_text() and not (tmp_path / "model").exists()
+    assert "</html>" in (tmp_path / "report.html").read_text() and not (tmp_path / "models").exists()
     execute(config, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["evals"] == [record]
 

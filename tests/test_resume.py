@@ -55,7 +55,7 @@ def test_a_run_cut_short_at_every_move_ends_like_one_that_was_not(straight, tmp_
             execute(config, tmp_path, stop)
         assert latest_step(tmp_path / "checkpoints" / STAGE) == saved
         assert [record["step"] for record in metrics(tmp_path)] == list(range(1, saved + 1))
-        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "models").exists()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))

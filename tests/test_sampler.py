@@ -33,7 +33,7 @@ def verbs(config: ModelConfig, sizes: SamplerConfig, drawing: DrawConfig = DRAWI
     resize, made.resized = jit(made.resize, static_argnums=2), []
 
     def noted(slots, keep, length):
-        made.resized.append((len(slots.token) if keep is None else len(keep), length))
+        made.resized.append((len(slots.token) if keep is None else keep.size, length))
         return resize(slots, keep, length)
 
     made.resize = noted

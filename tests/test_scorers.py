@@ -76,14 +76,17 @@ def test_losses_equal_their_formulas_and_accumulated_equals_whole(loss):
 
 def test_a_reward_model_learns_what_pairs_say_and_its_measures_are_those_of_its_scores():
     rng = np.random.default_rng(2)
-    rows = texts(64, rng)
-    rows["tokens"][0::2, 0], rows["tokens"][1::2, 0] = 5, 6  # what is chosen begins with another token
+
+    def pairs(n: int) -> dict[str, np.ndarray]:
+        rows = texts(n, rng)
+        rows["tokens"][0::2, 0], rows["tokens"][1::2, 0] = 5, 6  # what is chosen begins with another token
+        return rows
+
     optimizer = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-2), params())
     update, state = updates.make_reward_update(PROGRAM, optimizer, "pairwise"), updates.init_state(params(), optimizer)
     for _ in range(40):
-        state, _ = update(state, scorers.batches(rows, 64, LAYOUT), 1)
-    fresh = texts(32, rng)
-    fresh["tokens"][0::2, 0], fresh["tokens"][1::2, 0] = 5, 6
+        state, _ = update(state, scorers.batches(pairs(64), 64, LAYOUT), 1)
+    fresh = pairs(32)
     scores = np.asarray(updates.make_reward_score(PROGRAM)(state["policy"], scorers.batches(fresh, 32, LAYOUT))[0])
     found = scorers.measured(scores, "pairwise", fresh)
     assert found["eval/accuracy"] == (scores[0::2] > scores[1::2]).mean() > 0.9

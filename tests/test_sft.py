@@ -126,7 +126,7 @@ def test_a_run_learns_what_it_is_shown_and_goes_on_where_it_was_stopped(policy, 
     assert [r["step"] for r in metrics(tmp_path / "stopped")] == [1, 2, 3]
     execute(config, tmp_path / "stopped")
     assert metrics(tmp_path / "stopped") == records
-    one, other = (tmp_path / name / "model" / "model.safetensors" for name in ("straight", "stopped"))
+    one, other = (tmp_path / name / "models" / "sft" / "model.safetensors" for name in ("straight", "stopped"))
     assert one.read_bytes() == other.read_bytes()
 
 
@@ -158,7 +158,7 @@ def test_pretraining_makes_a_model_from_a_corpus(policy, tmp_path, monkeypatch) 
     records = metrics(tmp_path / "run")
     losses = [r["eval/next_token_loss"] for r in records if "eval/next_token_loss" in r]
     assert len(records) == 6 and losses[1] < losses[0] and all("loss/mtp" in r for r in records)
-    made, _ = convert.load(tmp_path / "run" / "model")
+    made, _ = convert.load(tmp_path / "run" / "models" / "pretrain")
     assert (made.num_hidden_layers, made.num_nextn_predict_layers) == (2, 1)
     config.pretrain.corpus = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="config.pretrain.corpus is .*nowhere', which holds no corpus"):

@@ -5,7 +5,7 @@ segments that are equal, but not a prompt that all of its completions read. The 
 that meet at all. Scores lie transposed, keys in rows, so that what belongs to a query is a row of lanes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -174,7 +174,7 @@ def _call(
     scale: float,
     blocks: tuple[int, int],
     interpret: Any,
-) -> list[Array]:
+) -> Sequence[Array]:
     """One of the kernels; `results` are "queries", "keys" or "row" (a number per query), each with width and dtype."""
     q, k, v = arrays[:3]
     b, heads, n, _ = q.shape
