@@ -181,18 +181,30 @@ def reject(run: Run, config: Config, policy: Policy) -> tuple[list[dict[str, Any
     return lines, counts
 
 
-def write(run: Run, lines: Sequence[dict[str, Any]], counts: dict[str, Any]) -> pathlib.Path:
-    """Writes WORKDIR/data/STAGE.jsonl and its manifest; the file's path."""
+def gather(run: Run, config: Config, policy: Policy) -> pathlib.Path:
+    """The data of this stage, WORKDIR/data/STAGE.jsonl: made once, of config.curate.sampler's samples and general data.
+
+    Raises:
+        ValueError: see `reject` and `general_data`.
+    """
+    path = run.workdir / "data" / f"{run.stage}.jsonl"
+    if not hosts.agree(path.exists()):
+        general, sampler = general_data(config, run.seed), config["curate"]["sampler"]
+        lines, counts = reject(run, config, run.policy_of(sampler) if sampler else policy)
+        write(run, lines + general, {"sampling": counts})
+    return path
+
+
+def write(run: Run, lines: Sequence[dict[str, Any]], counts: dict[str, Any]) -> None:
+    """Writes WORKDIR/data/STAGE.jsonl and, before it, the manifest: where the data is, its manifest is too."""
     path = run.workdir / "data" / f"{run.stage}.jsonl"
     sources = collections.Counter(line["source"] for line in lines)
     manifest = {"conversations": len(lines), "by_source": dict(sources), **counts}
     if hosts.is_writer():
+        text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
+        hosts.atomic_write(path.with_suffix(".manifest.json"), text)
         hosts.atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        hosts.atomic_write(
-            path.with_suffix(".manifest.json"), json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
-        )
     hosts.say(f"{run.stage}: {_in_words(manifest['by_source'])} in {path}; {_in_words(counts.get('sampling', {}))}")
-    return path
 
 
 def _in_words(counts: dict[str, int]) -> str:

@@ -52,10 +52,24 @@ def ask(url: str, model: str, text: str, timeout_s: float, tries: int) -> str | 
                 return content.strip()
         except (OSError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404):
-                raise ValueError(f"{url} refuses to answer ({error}); see config.curate.editor") from error
+                raise ValueError(
+                    f"{url} refuses to answer ({error}); see config.curate.editor or config.preference.judge"
+                ) from error
         if attempt + 1 < tries:
             time.sleep(min(2.0**attempt, 30.0))
     return None
+
+
+def server(name: str, key: str) -> tuple[str, str]:
+    """Address and model of "http(s)://HOST/v1#MODEL".
+
+    Raises:
+        ValueError: there is no model; names `key`.
+    """
+    url, _, model = name.partition("#")
+    if not model:
+        raise ValueError(f"{key} is {name!r}: the model's name is missing, {url}#MODEL")
+    return url, model
 
 
 def open_editor(name: str, timeout_s: float, tries: int) -> Editor | None:
@@ -69,9 +83,7 @@ def open_editor(name: str, timeout_s: float, tries: int) -> Editor | None:
     if name == "tidy":
         return tidy
     if name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        if not model:
-            raise ValueError(f"config.curate.editor is {name!r}: the model's name is missing, {url}#MODEL")
+        url, model = server(name, "config.curate.editor")
         return lambda question, completion: ask(
             url, model, INSTRUCTION.format(question=question, completion=completion), timeout_s, tries
         )

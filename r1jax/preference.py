@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from r1jax import letters
-from r1jax.editor import ask
+from r1jax.editor import ask, server
 from r1jax.rewards.form import ANSWER, ANSWER_END
 from r1jax.rewards.table import resolve
 from r1jax.rewards.worth import reply_of
@@ -53,7 +53,7 @@ def open_judge(name: str, timeout_s: float, tries: int) -> Judge:
             return resolve(name)
         except ValueError as error:
             raise ValueError(f"config.preference.judge is {name!r}: {error}") from error
-    url, _, model = name.partition("#")
+    url, model = server(name, "config.preference.judge")
 
     def judge(example: Example, first: str, second: str) -> float | None:
         said = ask(url, model, INSTRUCTION.format(question=example["question"], a=first, b=second), timeout_s, tries)
@@ -64,6 +64,20 @@ def open_judge(name: str, timeout_s: float, tries: int) -> Judge:
             return None
 
     return judge
+
+
+def open_safety(name: str) -> Callable[[Example, str], bool]:
+    """What config.preference.safety names: whether a response to an example is safe.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if name == "letters":
+        return lambda example, response: letters.is_safe(response)
+    try:
+        return resolve(name)
+    except ValueError as error:
+        raise ValueError(f"config.preference.safety is {name!r}: {error}") from error
 
 
 def judged_gap(judge: Judge, example: Example, a: str, b: str, times: int, rng: random.Random) -> float | None:

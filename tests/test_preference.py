@@ -53,6 +53,14 @@ def test_a_judge_that_likes_what_it_reads_first_is_heard_in_both_orders():
     assert preference.judged_gap(lambda *_: None, {}, "a", "b", 4, rng) is None
 
 
+def test_judges_and_labels_that_cannot_be_had_are_refused():
+    with pytest.raises(ValueError, match=r"config\.preference\.judge is .*model's name is missing"):
+        preference.open_judge("http://host/v1", 1.0, 1)
+    with pytest.raises(ValueError, match=r"config\.preference\.safety is 'nowhere:safe'"):
+        preference.open_safety("nowhere:safe")
+    assert preference.open_safety("letters")({}, BEST) and not preference.open_safety("letters")({}, "I do not care.")
+
+
 def test_pairs_are_kept_above_the_margin_and_counted():
     example = letters.example_of(LETTER)
     texts = [BEST, "Bye.", BEST, BEST, "", BEST, "Hello Anna, Bye.", "Dear Anna, Bye."]

@@ -17,9 +17,5 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     Raises:
         ValueError: no sample is good enough to learn from.
     """
-    path = run.workdir / "data" / f"{run.stage}.jsonl"
-    if not path.exists():
-        sampler = run.policy_of(config.curate.sampler) if config.curate.sampler else policy
-        lines, counts = curate.reject(run, config, sampler)
-        curate.write(run, lines, {"sampling": counts})
+    path = curate.gather(run, config, policy)
     return fine_tune(run, config, policy, str(path), f"the data of {run.stage}")

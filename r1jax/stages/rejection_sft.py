@@ -17,10 +17,5 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     Raises:
         ValueError: no sample is good enough to learn from, or there is no general data where it is asked for.
     """
-    path = run.workdir / "data" / f"{run.stage}.jsonl"
-    if not path.exists():
-        general = curate.general_data(config, run.seed)
-        sampler = run.policy_of(config.curate.sampler) if config.curate.sampler else policy
-        lines, counts = curate.reject(run, config, sampler)
-        curate.write(run, lines + general, {"sampling": counts})
+    path = curate.gather(run, config, policy)
     return fine_tune(run, config, policy, str(path), f"the data of {run.stage}")

@@ -3,14 +3,16 @@
 Both have the policy's architecture with a scalar head and start from its weights.
 """
 
+import collections
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from r1jax import curate, hosts, letters, preference, scorers
+from r1jax import curate, hosts, preference, scorers
 from r1jax.rollout import Group
 from r1jax.run import Policy, Run, model_folder
 
@@ -28,18 +30,19 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[st
     if hosts.agree(path.exists()):
         return json.loads(path.read_text("utf-8"))["data"]
     judge = preference.open_judge(c.judge, config.curate.editor_timeout_s, config.curate.editor_tries)
+    is_safe = preference.open_safety(c.safety)
     own = config.copy_and_resolve_references()
     own.data.split = split
 
     def use(groups: list[Group]) -> dict[str, Any]:
         pairs: list[dict[str, Any]] = []
-        counts: dict[str, int] = {}
+        counts: collections.Counter[str] = collections.Counter()
         for group in groups:
             found, why = preference.pairs_of(group, judge, c.judgements, c.margin)
             pairs += found
-            counts = {name: counts.get(name, 0) + why.get(name, 0) for name in {**counts, **why}}
+            counts += why
         labelled = [
-            {"question": s.example["question"], "response": s.text, "safe": letters.is_safe(s.text)}
+            {"question": s.example["question"], "response": s.text, "safe": bool(is_safe(s.example, s.text))}
             for group in groups
             for s in group
         ]
@@ -47,7 +50,7 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[st
 
     parts = curate.sample_parts(run, own, sampler, c.source, f"{run.stage}-{split}", use)
     pairs = preference.balance([pair for part in parts for pair in part["pairs"]], run.seed)
-    counts = {name: sum(part["counts"].get(name, 0) for part in parts) for name in parts[0]["counts"]}
+    counts = dict(sum((collections.Counter(part["counts"]) for part in parts), collections.Counter()))
     hosts.say(f"{run.stage}, {split}: {len(pairs)} pairs balanced by length of {counts}")
     if not pairs:
         raise ValueError(f"{run.stage}: no pair of split {split} is left ({counts}); see config.preference.margin")
@@ -87,5 +90,6 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
                   f"correlation of score and length {report['eval/length_correlation']:+.2f}")  # fmt: skip
         scorers.save(new / name, policy, params, report)
     if hosts.is_writer():
+        shutil.rmtree(out, ignore_errors=True)
         new.rename(out)
     return policy
