@@ -116,13 +116,19 @@ def pairs_of(group: Group, judge: Judge, times: int, margin: float) -> tuple[lis
     return pairs, counts
 
 
-def balance(pairs: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """As many pairs whose chosen reply is the longer one as pairs where it is the shorter one; the rest is left out."""
-    longer = [p for p in pairs if len(p["chosen"]) > len(p["rejected"])]
-    shorter = [p for p in pairs if len(p["chosen"]) < len(p["rejected"])]
+def balance(pairs: Sequence[dict[str, Any]], length: Callable[[str], int], seed: int) -> list[dict[str, Any]]:
+    """As many pairs whose chosen reply is the longer one as pairs where it is the shorter one; the rest is left out.
+
+    Args:
+        length: of a reply, in the unit that the reward model sees: tokens.
+    """
+    more = [length(p["chosen"]) - length(p["rejected"]) for p in pairs]
+    longer, shorter, alike = (
+        [p for p, m in zip(pairs, more, strict=True) if sign(m)]
+        for sign in (lambda m: m > 0, lambda m: m < 0, lambda m: m == 0)
+    )
     rng, n = random.Random(f"balance {seed}"), min(len(longer), len(shorter))
-    kept = rng.sample(longer, n) + rng.sample(shorter, n)
-    kept += [p for p in pairs if len(p["chosen"]) == len(p["rejected"])]
+    kept = rng.sample(longer, n) + rng.sample(shorter, n) + alike
     return rng.sample(kept, len(kept))
 
 

@@ -77,7 +77,7 @@ def test_after_balancing_length_says_nothing():
     def pair(chosen: int, rejected: int) -> dict:
         return {"chosen": "a" * chosen, "rejected": "b" * rejected}
 
-    kept = preference.balance([pair(5, 3)] * 7 + [pair(2, 4)] * 3 + [pair(3, 3)] * 2, seed=0)
+    kept = preference.balance([pair(5, 3)] * 7 + [pair(2, 4)] * 3 + [pair(3, 3)] * 2, len, seed=0)
     differences = [len(p["chosen"]) - len(p["rejected"]) for p in kept]
     assert (sum(d > 0 for d in differences), sum(d < 0 for d in differences), len(kept)) == (3, 3, 8)
 

@@ -49,7 +49,8 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[st
         return {"pairs": pairs, "labelled": labelled, "counts": counts}
 
     parts = curate.sample_parts(run, own, sampler, c.source, f"{run.stage}-{split}", use)
-    pairs = preference.balance([pair for part in parts for pair in part["pairs"]], run.seed)
+    judged = [pair for part in parts for pair in part["pairs"]]
+    pairs = preference.balance(judged, lambda reply: len(sampler.tokenizer.encode(reply)), run.seed)
     counts = dict(sum((collections.Counter(part["counts"]) for part in parts), collections.Counter()))
     hosts.say(f"{run.stage}, {split}: {len(pairs)} pairs balanced by length of {counts}")
     if not pairs:
