@@ -166,6 +166,7 @@ def get_config() -> ConfigDict:
                 "valid_split": "validation",
                 "judge": "letters",  # letters, module:function, http(s)://HOST/v1#MODEL
                 "safety": "letters",  # what labels responses as safe: letters, module:function (of example, response)
+                "safety_responses": 106_000,  # labelled for the safety model, at most, reported
                 "judgements": 4,  # of each pair, in random order, reported
                 "margin": 0.2,  # mean difference above which a pair is kept; reported: 1, on another scale
                 "row_tokens": 8192,  # reported

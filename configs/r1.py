@@ -50,10 +50,18 @@ def get_config() -> ConfigDict:
     config.optim.update({"learning_rate": 1e-3, "schedule": "cosine"})
     config.log.rollout_groups = 8
     config.preference.update(
-        {"row_tokens": 64, "rows": 64, "epochs": 2.0, "valid_every": 10, "from_update": 24, "weight": 1.0}
+        {
+            "row_tokens": 40,
+            "rows": 64,
+            "epochs": 2.0,
+            "valid_every": 100,
+            "safety_responses": 2000,
+            "from_update": 16,
+            "weight": 1.0,
+        }
     )
     config.stages = ("zero", "dev1", "dev2", "dev3", "reward_models", "r1")
-    zero, dev2, r1 = reinforcement(60, 8e-4), reinforcement(32, 6e-4), reinforcement(40, 4e-4)
+    zero, dev2, r1 = reinforcement(56, 8e-4), reinforcement(36, 8e-4), reinforcement(48, 8e-4)
     zero["eval"] = {"every": 0}  # the base's row of the table
     config.pipeline = ConfigDict(
         {
@@ -61,7 +69,8 @@ def get_config() -> ConfigDict:
             "dev1": {
                 "page": "cold_start",
                 "start": "base",
-                "curate": {"sampler": "zero", "prompts": 512, "samples": 4, "editor": "tidy"},
+                "curate": {"sampler": "zero", "prompts": 1024, "samples": 4, "editor": "tidy"},
+                "sft": {"epochs": 4.0},
             },
             "dev2": {
                 "page": "reasoning_rl",
@@ -75,16 +84,16 @@ def get_config() -> ConfigDict:
                 "curate": {"sampler": "dev2", "prompts": 3000, "samples": 2, "general": "letters"},
             },
             "reward_models": {
-                "curate": {"samples": 16, "prompts": 1000},
-                "optim": {"learning_rate": 5e-4},
+                "curate": {"samples": 128, "prompts": 1000},
+                "optim": {"learning_rate": 1e-3},
                 "eval": {"problems": 0},
             },
             "r1": {
                 "page": "all_scenario_rl",
                 "start": "dev3",
                 **r1,
-                "rl": {"updates": 40, "temperature": 0.7},
-                "eval": {"every": 20},
+                "rl": {"updates": 48, "temperature": 0.7},
+                "eval": {"every": 24},
                 "grpo": {"clip_eps_low": 10.0, "clip_eps_high": 10.0},
                 "rewards": CONSISTENT,
             },

@@ -137,7 +137,7 @@ def test_stopped_inside_any_stage_it_ends_with_the_same_bits(whole, policy, tmp_
 
     def stopping(self: object, step: int, scalars: dict) -> None:
         write(self, step, scalars)
-        stop.requested = stop.requested or (self._stage == stage and step == 2)
+        stop.requested = stop.requested or (self.stage == stage and step == 2)
 
     monkeypatch.setattr(run.metrics.Log, "write", stopping)
     with pytest.raises(run.Stopped):

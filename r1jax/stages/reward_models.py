@@ -6,6 +6,7 @@ Both have the policy's architecture with a scalar head and start from its weight
 import collections
 import dataclasses
 import json
+import random
 import shutil
 from typing import Any
 
@@ -55,7 +56,9 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[st
     hosts.say(f"{run.stage}, {split}: {len(pairs)} pairs balanced by length of {counts}")
     if not pairs:
         raise ValueError(f"{run.stage}: no pair of split {split} is left ({counts}); see config.preference.margin")
-    made = {"pairs": pairs, "labelled": [one for part in parts for one in part["labelled"]]}
+    labelled = [one for part in parts for one in part["labelled"]]
+    kept = random.Random(f"labelled {run.seed}").sample(labelled, min(len(labelled), c.safety_responses))
+    made = {"pairs": pairs, "labelled": kept}
     if hosts.is_writer():
         hosts.atomic_write(path, json.dumps({"counts": counts, "data": made}, ensure_ascii=False))
     return made
