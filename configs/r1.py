@@ -56,12 +56,13 @@ def get_config() -> ConfigDict:
             "epochs": 2.0,
             "valid_every": 100,
             "safety_responses": 2000,
-            "from_update": 16,
+            "from_update": 8,
+            "share": 0.6,
             "weight": 1.0,
         }
     )
     config.stages = ("zero", "dev1", "dev2", "dev3", "reward_models", "r1")
-    zero, dev2, r1 = reinforcement(56, 8e-4), reinforcement(36, 8e-4), reinforcement(48, 8e-4)
+    zero, dev2, r1 = reinforcement(56, 8e-4), reinforcement(36, 6e-4), reinforcement(64, 6e-4)
     zero["eval"] = {"every": 0}  # the base's row of the table
     config.pipeline = ConfigDict(
         {
@@ -92,8 +93,8 @@ def get_config() -> ConfigDict:
                 "page": "all_scenario_rl",
                 "start": "dev3",
                 **r1,
-                "rl": {"updates": 48, "temperature": 0.7},
-                "eval": {"every": 24},
+                "rl": {"updates": 64, "temperature": 0.7},
+                "eval": {"every": 32},
                 "grpo": {"clip_eps_low": 10.0, "clip_eps_high": 10.0},
                 "rewards": CONSISTENT,
             },
