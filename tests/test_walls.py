@@ -32,6 +32,7 @@ ORDER = [
     "run",
     "minibatches",
     "evaluate",
+    "votes",
     "rollout",
     "updates",
     "grpo",
