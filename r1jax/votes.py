@@ -8,7 +8,6 @@ import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from jaxtyping import Float
 
 
 def sample_counts(n: int) -> list[int]:
@@ -18,8 +17,8 @@ def sample_counts(n: int) -> list[int]:
 
 def vote_right(
     counts: Mapping[str, int], silent: int, right: Collection[str], ks: Collection[int]
-) -> Float[np.ndarray, "K"]:
-    """Probability that the commonest answer of k samples, drawn without return, is right, for each k.
+) -> np.ndarray:
+    """[K], the probability that the commonest answer of k samples, drawn without return, is right, for each k.
 
     Args:
         counts: how many samples gave each answer.
