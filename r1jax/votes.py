@@ -15,9 +15,7 @@ def sample_counts(n: int) -> list[int]:
     return sorted({*(2**i for i in range(n.bit_length())), n} - {0})
 
 
-def vote_right(
-    counts: Mapping[str, int], silent: int, right: Collection[str], ks: Collection[int]
-) -> np.ndarray:
+def vote_right(counts: Mapping[str, int], silent: int, right: Collection[str], ks: Collection[int]) -> np.ndarray:
     """[K], the probability that the commonest answer of k samples, drawn without return, is right, for each k.
 
     Args:

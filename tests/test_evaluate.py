@@ -51,7 +51,8 @@ def test_pass_at_k_for_every_k_of_a_coin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "right"), [("aabbc-", "a"), ("abcde", "ab"), ("aaab--", "b"), ("abab", "b"), ("---", "a"), ("aaaa", "a")]
+    ("answers", "right"),
+    [("aabbc-", "a"), ("abcde", "ab"), ("aaab--", "b"), ("abab", "b"), ("---", "a"), ("aaaa", "a")],
 )
 def test_vote_of_k_is_the_mean_over_all_orders_of_all_choices(answers: str, right: str) -> None:
     """Brute force: every sequence of k samples, the commonest answer, the first among equals."""
@@ -73,7 +74,9 @@ def test_vote_of_two_answers_is_a_hypergeometric_tail() -> None:
 def test_curves_by_k_end_at_the_whole_and_begin_at_pass_at_1() -> None:
     record = evaluate.measure([group("aabbb-", right="b"), group("abcdef", right="b")], "zero", 0)
     assert list(record["pass_at"]) == list(record["cons_at"]) == ["1", "2", "4", "6"]
-    assert record["pass_at"]["1"] == record["cons_at"]["1"] == pytest.approx(record["pass_at_1"]) == pytest.approx(1 / 3)
+    assert (
+        record["pass_at"]["1"] == record["cons_at"]["1"] == pytest.approx(record["pass_at_1"]) == pytest.approx(1 / 3)
+    )
     assert record["pass_at"]["6"] == record["pass_at_k"] == 1.0
     assert record["cons_at"]["6"] == pytest.approx((1 + 1 / 6) / 2)
 
