@@ -200,7 +200,7 @@ def get_config() -> ConfigDict:
                 "benchmarks": (),
                 "benchmark_problems": 0,  # of each, the first in a fixed order; 0: all
                 "benchmark_samples": 0,  # per problem; 0: as the table has it, which has the report's
-                "decontaminate": (),  # training data whose 10-grams problems are looked for in: .jsonl files, or sources
+                "decontaminate": (),  # training data (files, sources) where 10-grams of problems are looked for
                 "judge": "",  # of open-ended benchmarks: module:function, http(s)://HOST/v1#MODEL
                 "every": 0,  # updates between evaluations; 0: only before the first and after the last, -1: after it
                 "general": "",  # instructions that are measured beside the problems: "letters"; empty: none

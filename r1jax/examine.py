@@ -1,7 +1,7 @@
 """Benchmarks measured: sampled, graded, open-ended ones judged, one record each in summary.json and a table in the log.
 
-As in the R1 report, section 3: pass@1 over several samples at temperature 0.6 and top-p 0.95, judges see the summary only,
-not the thought, so that length earns nothing.
+As in the R1 report, section 3: pass@1 over several samples at temperature 0.6 and top-p 0.95; judges see the summary
+only, not the thought, so that length earns nothing.
 """
 
 import dataclasses
