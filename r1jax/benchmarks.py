@@ -20,7 +20,7 @@ CHOICE = (
     "of the letters. Think step by step before answering.\n\n{question}"
 )
 CHOICE_ZH = "以下是一道单项选择题。请逐步推理，最后一行写“答案：X”，X 是选项的字母。\n\n{question}"
-SPAN = "{question}\n\nThink step by step, then give the answer alone behind the words 'Final answer:'."
+SPAN = "{question}\n\nThink step by step, then put the answer alone within \\boxed{{}}."
 
 Record = Mapping[str, Any]
 

@@ -45,9 +45,9 @@ LAYOUTS = [
     ("cmath", {"question": "一加一？", "golden": "2"}, "2", "2", "3"),
     ("svamp", {"Body": "Tom has 1.", "Question": "And 1 more?", "Answer": "2.0"}, "2.0", "2", "3"),
     ("mmlu", {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "subject": "art"}, "B", "B", "A"),
-    ("mmlu_pro", {"question": "Which?", "options": list("pqrstuvwxy"), "answer": "J", "answer_index": 9}, "J", "J", "I"),
-    ("ceval", {"id": 0, "question": "哪个？", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "answer": "C"}, "C", "C", "D"),
-    ("drop", {"passage": "P.", "question": "Who?", "answers_spans": {"spans": ["Tom Brady"]}}, ["Tom Brady"], "Tom Brady", "Al"),
+    ("mmlu_pro", {"question": "Which?", "options": [*"pqrstuvwxy"], "answer": "J", "answer_index": 9}, "J", "J", "I"),
+    ("ceval", {"id": 0, "question": "哪？", **dict(zip("ABCD", "甲乙丙丁", strict=True)), "answer": "C"}, "C", "C", "D"),
+    ("drop", {"passage": "P.", "question": "Who?", "answers_spans": {"spans": ["Tom B"]}}, ["Tom B"], "Tom B", "Al"),
     ("drop", {"context": "P. Who?", "ref_text": "Tom|Tom Brady"}, ["Tom", "Tom Brady"], "tom", "Al"),
     ("drop", {"passage": "P.", "question": "Who?", "answer": "Tom"}, ["Tom"], "the Tom", "Al"),
 ]  # fmt: skip
@@ -78,7 +78,7 @@ def test_published_layouts_are_graded(tmp_path, name, record, gold, right, wrong
     (example,) = one(tmp_path, name, record)
     assert example["answer"] == gold
     grade = GRADERS[example["grader"]].grade
-    said = {"math": r"\boxed{%s}", "choice": "Answer: %s", "exact": "Final answer: %s"}[example["grader"]]
+    said = {"math": r"\boxed{%s}", "choice": "Answer: %s", "exact": r"\boxed{%s}"}[example["grader"]]
     assert grade(f"<think>{wrong}</think>{said % right}", example)
     assert not grade(f"<think>{right}</think>{said % wrong}", example)
 
