@@ -5,6 +5,7 @@ model scores and our sampler writes, the harness asks and grades.
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -194,7 +195,8 @@ def open_model(path: str, dtype: str = "float32", **settings: Any) -> HarnessMod
     """
     folder = folder_at(path)
     if folder.has("config.json") and "model_type" in safetensors_io.read_config(folder):
-        layouts = sharding.layouts(sharding.make_mesh({}))
+        mesh = importlib.import_module("configs.base").get_config().mesh.to_dict()
+        layouts = sharding.layouts(sharding.make_mesh(mesh))
         config, params = convert.load(folder, layouts["train"].mesh, dtype)
         params = jax.device_put(params, param_shardings(config, layouts["decode"]))
         return HarnessModel(config, params, text.load_tokenizer(folder), layouts["decode"], **settings)

@@ -46,7 +46,7 @@ LAYOUTS = [
     ("svamp", {"Body": "Tom has 1.", "Question": "And 1 more?", "Answer": "2.0"}, "2.0", "2", "3"),
     ("mmlu", {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "subject": "art"}, "B", "B", "A"),
     ("mmlu_pro", {"question": "Which?", "options": [*"pqrstuvwxy"], "answer": "J", "answer_index": 9}, "J", "J", "I"),
-    ("ceval", {"id": 0, "question": "哪？", **dict(zip("ABCD", "甲乙丙丁", strict=True)), "answer": "C"}, "C", "C", "D"),
+    ("ceval", {"question": "哪？", **dict(zip("ABCD", "甲乙丙丁", strict=True)), "answer": "C"}, "C", "C", "D"),
     ("drop", {"passage": "P.", "question": "Who?", "answers_spans": {"spans": ["Tom B"]}}, ["Tom B"], "Tom B", "Al"),
     ("drop", {"context": "P. Who?", "ref_text": "Tom|Tom Brady"}, ["Tom", "Tom Brady"], "tom", "Al"),
     ("drop", {"passage": "P.", "question": "Who?", "answer": "Tom"}, ["Tom"], "the Tom", "Al"),
