@@ -35,7 +35,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(policy: pathlib.Path, **changes):
-    return make_config(policy, stages=("evaluate",), eval__opening="<think>\n", data__template="plain", **changes)
+    fixed = {"stages": ("evaluate",), "eval__opening": "<think>\n", "data__template": "plain"}
+    return make_config(policy, **fixed, data__max_prompt_tokens=256, **changes)
 
 
 def test_benchmarks_become_records(policy, tmp_path, capsys):
@@ -49,7 +50,7 @@ def test_benchmarks_become_records(policy, tmp_path, capsys):
     evals = json.loads((tmp_path / "run" / "summary.json").read_text())["evals"]
     assert [(one["benchmark"], one["n_problems"], one["k"]) for one in evals] == [("gsm8k", 3, 2), ("svamp", 2, 2)]
     first = evals[0]
-    found = first["decontamination"]
+    found = dict(first["decontamination"])
     assert sorted(found.pop("ids")) == ["gsm8k/1", "gsm8k/2"]
     assert found == {"against": [str(train)], "n": 10, "overlapping": 2, "share": pytest.approx(2 / 3)}
     assert first["seed"] == 3 and first["opening"] == "<think>\n" and first["metric"] == "accuracy"
@@ -102,7 +103,8 @@ def test_judges_see_the_summary_only_and_ties_are_halves():
         seen.append((first, second))
         return float(len(first) - len(second))
 
-    one = group("ab", right="", id="q", asked="Write.", answer="1234", question="prompt")
+    one = group("ab", right="", id="q", asked="Write.", question="prompt")
+    one[0].example["answer"] = one[1].example["answer"] = "1234"
     texts = ["<think>long thought</think> 123456", "<think>other</think> abcd"]
     one = [dataclasses.replace(s, text=text) for s, text in zip(one, texts, strict=True)]
     (kept,), dropped = examine.judged([one], judge, 4, 0.0)
