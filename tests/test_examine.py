@@ -9,7 +9,7 @@ import pytest
 from test_evaluate import group
 from tiny_run import execute, make_config, make_policy
 
-from r1jax import benchmarks, examine, rollout
+from r1jax import benchmarks, examine, held_out, rollout
 from r1jax.pipeline import BASE
 from r1jax.text import encode_prompt, forced, load_tokenizer
 
@@ -133,3 +133,11 @@ def test_an_opening_is_forced_once():
     examples = [{"id": "a", "question": "1+1?"}]
     ((_, encoded),) = rollout.encode_prompts(examples, "plain", tokenizer, 100, "<think>\n")
     assert np.array_equal(encoded, ids)
+
+
+def test_problems_that_are_trained_on_are_named(capsys):
+    problems = [{"id": name, "question": f"What is {name}?"} for name in "abc"]
+    found = held_out.leaks(problems, problems[1:2], (), "rl")
+    assert found == {"trained_on": {"problems": 1, "share": pytest.approx(1 / 3), "ids": ["b"]}}
+    assert "1 of 3 held-out problems are among the training prompts (b)" in capsys.readouterr().out
+    assert held_out.leaks(problems, [{"question": "another"}], (), "rl") == {}
