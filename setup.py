@@ -67,7 +67,8 @@ setup(
     extras_require={
         "test": TEST,
         "gym": ["reasoning-gym>=0.1.20"],  # not in [test]: one of its dependencies needs a C compiler to install
-        "eval": ["py3langid>=0.3"],  # the language of texts in one script
+        # lm-evaluation-harness (r1jax.harness); the language of texts in one script.
+        "eval": ["lm-eval>=0.4.9", "py3langid>=0.3"],
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.2"],  # pods read models from gs://
         "cuda": ["jax[cuda12]>=0.10"],
     },

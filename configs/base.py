@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
                 "template": "r1_zero",  # of text.TEMPLATES, or chat: the model's own chat template
                 "max_prompt_tokens": 1024,  # a longer prompt is an error
                 "gym_size": 2000,  # problems that reasoning-gym generates
+                # Prompts of config.data.split that share ten words in a row with these are left out: files or sources.
+                "decontaminate": (),
             },
             # Weight of each reward: a name of r1jax.rewards or one of reward_paths. Equal weights are reported.
             "rewards": {"accuracy": 1.0, "format": 1.0},
@@ -193,6 +195,14 @@ def get_config() -> ConfigDict:
                 "top_p": 1.0,
                 "top_k": 0,
                 "max_completion_tokens": 0,  # 0: as in training at that time
+                "opening": "",  # what every completion is made to begin with
+                # Measured by the stage evaluate in place of config.data: NAME=PATH.jsonl or NAME=tfds:DATASET, NAME
+                # one of benchmarks.TABLE.
+                "benchmarks": (),
+                "benchmark_problems": 0,  # of each, the first in a fixed order; 0: all
+                "benchmark_samples": 0,  # per problem; 0: as the table has it, which has the report's
+                "decontaminate": (),  # training data (files, sources) where 10-grams of problems are looked for
+                "judge": "",  # of open-ended benchmarks: module:function, http(s)://HOST/v1#MODEL
                 "every": 0,  # updates between evaluations; 0: only before the first and after the last, -1: after it
                 "general": "",  # instructions that are measured beside the problems: "letters"; empty: none
                 "general_samples": 4,  # per instruction

@@ -1,9 +1,12 @@
-"""Evaluation of a model, pass@1 as a mean over samples and the majority vote:
+"""Evaluation of a model on benchmarks, or on problems of your own:
 
+    python -m r1jax.main --config=configs/eval.py --workdir=DIR --config.model.path=MODEL \\
+        --config.eval.benchmarks='("math500=math500.jsonl", "aime24=aime24.jsonl", "gsm8k=tfds:gsm8k")'
     python -m r1jax.main --config=configs/eval.py --workdir=DIR --config.model.path=MODEL --config.data.source=FILE
 
-Temperature, top-p and the longest completion are *reported* (arXiv 2501.12948, section 3); hardware and duration depend
-on the model.
+Temperature, top-p, the longest completion and the forced opening are *reported* (arXiv 2501.12948, section 3), as are
+the samples of AIME, GPQA, MATH-500 and LiveCodeBench (r1jax/benchmarks.py); hardware and duration depend on the model.
+There is no system prompt.
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +20,6 @@ def get_config() -> ConfigDict:
     config.stages = ("evaluate",)
     config.data.template = "chat"
     config.grading.marked_answers = False  # of other people's models, too
-    config.eval.update({"temperature": 0.6, "top_p": 0.95, "max_completion_tokens": 32_768})
+    config.data.max_prompt_tokens = 4096  # passages and tests of programs are long
+    config.eval.update({"temperature": 0.6, "top_p": 0.95, "max_completion_tokens": 32_768, "opening": "<think>\n"})
     return config

@@ -53,7 +53,8 @@ def ask(url: str, model: str, text: str, timeout_s: float, tries: int) -> str | 
         except (OSError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404):
                 raise ValueError(
-                    f"{url} refuses to answer ({error}); see config.curate.editor or config.preference.judge"
+                    f"{url} refuses to answer ({error}); see config.curate.editor, config.preference.judge, "
+                    "config.eval.judge"
                 ) from error
         if attempt + 1 < tries:
             time.sleep(min(2.0**attempt, 30.0))

@@ -3,6 +3,7 @@
 pass@k: Chen et al. 2021 (arXiv 2107.03374), equation 1. cons@k: the R1 report's majority vote (section 2.2.4).
 """
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from r1jax.rollout import Group, as_array, majority_is_right
 from r1jax.text import reflective_words
+from r1jax.votes import sample_counts, vote_right
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -24,6 +26,25 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95% confidence interval of a mean over problems (normal approximation), cut to 0..1."""
     half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.5
     return max(0.0, values.mean() - half), min(1.0, values.mean() + half)
+
+
+def curves_by_k(groups: Sequence[Group], reward: str) -> dict[str, dict[str, float]]:
+    """pass_at and cons_at: pass@k and the vote of k samples, means over problems, for several k up to all samples.
+
+    Both are expectations over the choice of the k; equally common answers count their share, while cons_at_k takes the
+    one that came up first.
+    """
+    ks = sample_counts(len(groups[0]))
+    passed, voted = [], []
+    for group in groups:
+        is_right = [s.graded.rewards[reward] > 0.5 for s in group]
+        passed.append([pass_at_k(len(group), sum(is_right), k) for k in ks])
+        answers = [s.graded.answer for s in group]
+        counts = collections.Counter(answer for answer in answers if answer is not None)
+        right = {answer for answer, one in zip(answers, is_right, strict=True) if one and answer is not None}
+        voted.append(vote_right(counts, len(group) - counts.total(), right, ks))
+    means = {"pass_at": np.mean(passed, 0), "cons_at": np.mean(voted, 0)}
+    return {name: {str(k): float(value) for k, value in zip(ks, of, strict=True)} for name, of in means.items()}
 
 
 def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
@@ -46,6 +67,7 @@ def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
         "pass_at_1_ci": interval(per_problem),
         "cons_at_k": np.mean([majority_is_right(group, name) for group in groups]),
         "pass_at_k": np.mean([pass_at_k(k, int(row.sum()), k) for row in right]),
+        **curves_by_k(groups, name),
         "mean_completion_tokens": tokens.mean(),
         "mean_tokens_right": tokens[right].mean() if right.any() else None,
         "mean_tokens_wrong": tokens[~right].mean() if (~right).any() else None,

@@ -4,11 +4,12 @@ General instructions have no right answer: beside the problems, they are measure
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-from r1jax import data, draw, evaluate, hosts, metrics
+from r1jax import data, draw, evaluate, hosts, metrics, overlap
 from r1jax.rewards.pool import RewardPool
 from r1jax.rollout import Group, Interrupted, collect, encode_prompts, records
 from r1jax.run import (
@@ -42,6 +43,8 @@ class HeldOut:
     max_prompt_tokens: int
     stop_texts: tuple[str, ...]
     written_groups: int  # whose completions are written out in full
+    opening: str = ""  # what every completion is made to begin with
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)  # about the problems, for the record
     general: "HeldOut | None" = None
     judge: Callable[[list[Group]], list[Group]] | None = None  # adds reward models' scores to general instructions
 
@@ -61,7 +64,7 @@ class HeldOut:
         # The same prompts each time, so that the report can lay a problem's completions side by side.
         rows = records(groups[: self.written_groups], tokenizer, f"{self.run.stage} evaluation", step, step)
         metrics.write_rollout(self.run.workdir, f"{self.run.stage}-evaluation", step, rows)
-        record = evaluate.measure(groups, self.run.stage, step)
+        record = evaluate.measure(groups, self.run.stage, step) | self.found
         if self.general is not None:
             general = self.general.sample(weights, limit)
             record |= evaluate.measure_general(self.judge(general) if self.judge else general)
@@ -82,6 +85,7 @@ class HeldOut:
             self.verbs, weights, self.policy.tokenizer, self.pool, self.examples, self.template, self.samples,
             jax.random.fold_in(jax.random.key(self.run.seed), EVALUATION), 0, self.max_prompt_tokens,
             self.max_completion_tokens or limit, self.stop_texts, self.run.is_interrupted,
+            self.opening,
         )  # fmt: skip
 
 
@@ -92,34 +96,40 @@ def prepare(
     pool: RewardPool,
     training: Verbs | None = None,
     judge: Callable[[list[Group]], list[Group]] | None = None,
+    trained_on: Sequence[Example] = (),
 ) -> HeldOut:
     """What config.eval and config.data ask for.
 
     Args:
         training: sampling functions to use where tokens are drawn alike.
         judge: see `HeldOut`.
+        trained_on: prompts of the training; held-out problems that are among them are named and counted.
 
     Raises:
         ValueError: no such source or split, or a prompt that is too long; names the key.
     """
     prompts, settings = config["data"], config["eval"]
+    opening = settings["opening"]
 
     def examples(source: str, most: int) -> list[Example]:
         found = open_source(config, source, prompts["eval_split"])
         taken = data.PromptStream(found, 0).take(0, min(most, len(found.examples)))
         # Now rather than when its turn comes: a prompt that is too long.
-        encode_prompts(taken, prompts["template"], policy.tokenizer, prompts["max_prompt_tokens"])
+        encode_prompts(taken, prompts["template"], policy.tokenizer, prompts["max_prompt_tokens"], opening)
         return taken
 
     most = settings["problems"]
     drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
     if training is None or training.drawing != drawing:
         training = make_verbs(config, policy, run.layouts["decode"], drawing)
+    taken = examples(prompts["eval_source"] or prompts["source"], most) if most else []
     problems = HeldOut(
         run=run,
         judge=judge,
         policy=policy,
-        examples=examples(prompts["eval_source"] or prompts["source"], most) if most else [],
+        examples=taken,
+        opening=opening,
+        found=leaks(taken, trained_on, settings["decontaminate"], prompts["split"]),
         verbs=training,
         pool=pool,
         samples=settings["samples"],
@@ -135,6 +145,37 @@ def prepare(
     return dataclasses.replace(
         problems, general=dataclasses.replace(problems, examples=general, samples=settings["general_samples"])
     )
+
+
+def leaks(
+    examples: Sequence[Example], trained_on: Sequence[Example], against: Sequence[str], split: str
+) -> dict[str, Any]:
+    """What the record says of problems that were trained on; what is found is said at once.
+
+    Args:
+        against: training data whose 10-grams are looked for (config.eval.decontaminate).
+        split: of those that are sources.
+    """
+    found: dict[str, Any] = {}
+    questions = {one["question"] for one in trained_on}
+    if same := [one["id"] for one in examples if one["question"] in questions]:
+        found["trained_on"] = {"problems": len(same), "share": len(same) / len(examples), "ids": same}
+        hosts.say(
+            f"warning: {len(same)} of {len(examples)} held-out problems are among the training prompts "
+            f"({named(same)}); set config.data.eval_source to others"
+        )
+    if against and examples:
+        found["decontamination"] = report = overlap.report(examples, against, split)
+        hosts.say(
+            f"{report['overlapping']} of {len(examples)} problems ({report['share']:.1%}) share {report['n']} words in "
+            f"a row with {', '.join(against)}" + (f": {named(report['ids'])}" if report["ids"] else "")
+        )
+    return found
+
+
+def named(ids: Sequence[str], most: int = 5) -> str:
+    """The first of some ids, and how many more there are."""
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None:

@@ -204,9 +204,9 @@ class Summary:
                 raise ValueError(f"{self.path} is no run's summary ({error!r}); delete it to go on without") from error
 
     def add(self, result: Json) -> None:
-        """Adds an evaluation (stage, step, pass_at_1, ...), in place of an earlier one of the same stage and step."""
+        """Adds an evaluation, in place of an earlier one of the same stage, step and benchmark."""
         for i, one in enumerate(self.evals):
-            if (one["stage"], one["step"]) == (result["stage"], result["step"]):
+            if all(one.get(key) == result.get(key) for key in ("stage", "step", "benchmark")):
                 self.evals[i] = dict(result)
                 break
         else:

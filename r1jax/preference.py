@@ -40,8 +40,8 @@ def judge_letters(example: Example, first: str, second: str) -> float | None:
     return letters.worth(first, letter) - letters.worth(second, letter) + FIRST + noise
 
 
-def open_judge(name: str, timeout_s: float, tries: int) -> Judge:
-    """What config.preference.judge names.
+def open_judge(name: str, timeout_s: float, tries: int, key: str = "config.preference.judge") -> Judge:
+    """What config.preference.judge, or another `key`, names.
 
     Raises:
         ValueError: there is no such judge.
@@ -52,8 +52,8 @@ def open_judge(name: str, timeout_s: float, tries: int) -> Judge:
         try:
             return resolve(name)
         except ValueError as error:
-            raise ValueError(f"config.preference.judge is {name!r}: {error}") from error
-    url, model = server(name, "config.preference.judge")
+            raise ValueError(f"{key} is {name!r}: {error}") from error
+    url, model = server(name, key)
 
     def judge(example: Example, first: str, second: str) -> float | None:
         said = ask(url, model, INSTRUCTION.format(question=example["question"], a=first, b=second), timeout_s, tries)

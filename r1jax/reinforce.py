@@ -111,7 +111,8 @@ def reinforce(run: Run, config: Config, policy: Policy, general: General | None 
     encode_prompts(stream.examples, prompts["template"], policy.tokenizer, max_prompt_tokens)
 
     with open_pool(config) as pool:
-        problems = held_out.prepare(run, config, policy, pool, verbs, general.judge if general else None)
+        judge = general.judge if general else None
+        problems = held_out.prepare(run, config, policy, pool, verbs, judge, stream.examples)
 
         def sample(weights: Params, examples: list[Example], rollout: int, cursor: int, limit: int) -> list[Group]:
             branch = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), rollout)

@@ -15,7 +15,7 @@ from r1jax import hosts
 from r1jax.rewards.pool import Graded, RewardPool
 from r1jax.sampler import sample as sample_requests
 from r1jax.slots import Verbs
-from r1jax.text import Tokenizer, encode_prompt
+from r1jax.text import Tokenizer, encode_prompt, forced
 from r1jax.types import Completion, Example, Params, Request
 
 
@@ -39,16 +39,16 @@ class Interrupted(Exception):
 
 
 def encode_prompts(
-    examples: Sequence[Example], template: str, tokenizer: Tokenizer, max_prompt_tokens: int
+    examples: Sequence[Example], template: str, tokenizer: Tokenizer, max_prompt_tokens: int, opening: str = ""
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Text and ids of each prompt.
+    """Text and ids of each prompt; with the ids of what every completion is made to begin with.
 
     Raises:
         ValueError: a prompt longer than `max_prompt_tokens` (config.data.max_prompt_tokens).
     """
     out = []
     for example in examples:
-        prompt, ids = encode_prompt(tokenizer, template, example["question"])
+        prompt, ids = encode_prompt(tokenizer, template, example["question"], opening)
         if not 0 < len(ids) <= max_prompt_tokens:
             raise ValueError(
                 f"the prompt of {example['id']!r} has {len(ids)} tokens, wanted 1 to {max_prompt_tokens}; "
@@ -95,6 +95,7 @@ def collect(
     max_completion_tokens: int,
     stop_texts: Sequence[str] = (),
     is_interrupted: Callable[[], bool] = lambda: False,
+    opening: str = "",
 ) -> list[Group]:
     """Samples `group_size` completions of each example and grades them.
 
@@ -102,11 +103,12 @@ def collect(
         params: in the decode layout.
         first_prompt: number of the first example in the run's order; it names its random draws.
         is_interrupted: looked at between completions; when true, `Interrupted` is raised.
+        opening: what every completion is made to begin with; part of its text, not of its tokens.
 
     Returns:
         One group per example, members in order.
     """
-    prompts = encode_prompts(examples, template, tokenizer, max_prompt_tokens)
+    prompts = encode_prompts(examples, template, tokenizer, max_prompt_tokens, opening)
     requests = [Request(first_prompt + i, m, ids) for i, (_, ids) in enumerate(prompts) for m in range(group_size)]
     mine = frozenset(hosts.my_part(range(len(examples))))
     find_stop = stop_text_finder(tokenizer, stop_texts)
@@ -115,7 +117,7 @@ def collect(
     for completion in sample_requests(verbs, params, requests, rollout_key, max_completion_tokens, find_stop):
         i = completion.prompt - first_prompt
         ticket = i * group_size + completion.member
-        text = completion_text(tokenizer, completion)
+        text = forced(prompts[i][0], opening) + completion_text(tokenizer, completion)
         completions[ticket] = completion, text
         if i in mine:
             pool.submit(ticket, prompts[i][0], text, examples[i])

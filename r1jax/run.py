@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from r1jax import checkpoint, data, hosts, metrics, optim, sharding, sources, updates
+from r1jax import checkpoint, data, hosts, metrics, optim, overlap, sharding, sources, updates
 from r1jax.draw import DrawConfig
 from r1jax.folders import Folder
 from r1jax.model import convert, lora, transformer
@@ -184,21 +184,33 @@ Config = Mapping[str, Any]  # the whole config, or a group of it
 
 
 def open_source(config: Config, spec: str, split: str) -> data.Source:
-    """The prompts that config.data names, their gold answers checked."""
+    """The prompts that config.data names, their gold answers checked.
+
+    Of the training split those are left out that overlap with config.data.decontaminate.
+
+    Raises:
+        ValueError: no such source, or nothing is left of it.
+    """
     c = config["data"]
     optional = c["id_column"] or None, c["level_column"] or None
     columns = sources.Columns(c["question_column"], c["answer_column"], *optional, c["grader"])
     source = data.open_source(spec, split=split, columns=columns, size=c["gym_size"], seed=config["seed"])
+    if c["decontaminate"] and split == c["split"]:
+        clean, dropped = overlap.without(source.examples, c["decontaminate"], c["eval_split"])
+        hosts.say(f"{spec}: {len(dropped)} of {len(source.examples)} prompts overlap with config.data.decontaminate")
+        if not clean:
+            raise ValueError(f"config.data.decontaminate leaves no prompt of {spec}: all overlap with it")
+        source = data.Source(source.name, tuple(clean))
     check_examples(source.examples, list(config["rewards"]))
     return source
 
 
-def open_pool(config: Config) -> RewardPool:
-    """The processes that grade by config.rewards."""
+def open_pool(config: Config, rewards: Mapping[str, float] | None = None) -> RewardPool:
+    """The processes that grade by config.rewards, or by others that need no path."""
     limits = dict(config["grading"])
     accepted = tuple(limits.pop("sandbox_accepts"))
-    paths = dict(config["reward_paths"])
-    return RewardPool(dict(config["rewards"]), **limits, paths=paths, sandbox_accepts=accepted)
+    paths = {} if rewards else dict(config["reward_paths"])
+    return RewardPool(dict(rewards or config["rewards"]), **limits, paths=paths, sandbox_accepts=accepted)
 
 
 def paths(config: Config) -> Paths:

@@ -134,7 +134,14 @@ def to_example(record: dict[str, Any], columns: Columns, default_id: str, where:
 
 
 def read_tfds(name: str, split: str, columns: Columns) -> list[Example]:
-    """The examples of a prepared TensorFlow dataset such as "gsm8k", read from ArrayRecord files without TensorFlow.
+    """The examples of a TensorFlow dataset; see `tfds_records`."""
+    return [
+        to_example(record, columns, f"{name}-{i}", where) for i, (where, record) in enumerate(tfds_records(name, split))
+    ]
+
+
+def tfds_records(name: str, split: str) -> list[tuple[str, dict[str, Any]]]:
+    """Place and record, of a prepared TensorFlow dataset such as "gsm8k", from ArrayRecord files without TensorFlow.
 
     Nothing is downloaded here: on a pod every host would do it, each at its own pace.
 
@@ -165,14 +172,15 @@ def read_tfds(name: str, split: str, columns: Columns) -> list[Example]:
     except ValueError:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"config.data.split {split!r} is none of {spec}; it has {known}") from None
-    return [
-        to_example({key: _plain(value) for key, value in record.items()}, columns, f"{name}-{i}", f"tfds:{name}[{i}]")
-        for i, record in enumerate(records)
-    ]
+    return [(f"tfds:{name}[{i}]", _plain(record)) for i, record in enumerate(records)]
 
 
 def _plain(value: Any) -> Any:
     """What TensorFlow Datasets hands out, as JSON would have it: text is bytes there, a number a numpy scalar."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) > 0:
+        return [_plain(one) for one in value]
     value = value.decode("utf-8") if isinstance(value, bytes) else value
     return value.item() if isinstance(value, np.generic) else value
 

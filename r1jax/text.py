@@ -141,8 +141,17 @@ def _decode_runs(ids: Iterable[SupportsIndex], known: Callable[[int], bool], dec
     return "".join(decode(list(run)) if is_known else UNDECODABLE * len(list(run)) for is_known, run in runs)
 
 
-def encode_prompt(tokenizer: Tokenizer, template: str, question: str | Sequence[chat.Message]) -> tuple[str, list[int]]:
+def forced(prompt: str, opening: str) -> str:
+    """What is put before a completion so that it begins with `opening`: nothing where the prompt ends with it."""
+    return "" if not opening.strip() or prompt.rstrip().endswith(opening.strip()) else opening
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, template: str, question: str | Sequence[chat.Message], opening: str = ""
+) -> tuple[str, list[int]]:
     """Text and ids of a question under a template of TEMPLATES or CHAT; under CHAT it may be all messages so far.
+
+    The ids go on with what is `forced` by `opening`, the text does not: that is the completion's.
 
     The begin token comes first where the model has learned with it; a chat template writes it itself.
 
@@ -151,7 +160,7 @@ def encode_prompt(tokenizer: Tokenizer, template: str, question: str | Sequence[
     """
     if template != CHAT:
         prompt = render_prompt(template, question)
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt + forced(prompt, opening))
         return prompt, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id] else ids
     if tokenizer.template is None:
         raise ValueError(
@@ -160,7 +169,7 @@ def encode_prompt(tokenizer: Tokenizer, template: str, question: str | Sequence[
         )
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     prompt = tokenizer.template.render(messages, add_generation_prompt=True)
-    return prompt, tokenizer.encode(prompt)
+    return prompt, tokenizer.encode(prompt + forced(prompt, opening))
 
 
 class TextStream:

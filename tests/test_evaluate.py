@@ -1,12 +1,13 @@
 """Laws of evaluation: pass@k against enumeration, the vote against a count, the interval against simulation."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from tiny import made_sample
 
-from r1jax import evaluate, rollout
+from r1jax import evaluate, rollout, votes
 from r1jax.types import Completion
 
 
@@ -40,6 +41,44 @@ def test_majority_is_the_commonest_answer_and_the_first_among_equals(answers: st
     voters = group(answers, right="b")
     assert rollout.majority(voters) == winner
     assert rollout.majority_is_right(voters, "accuracy") == (winner == "b")
+
+
+def test_pass_at_k_for_every_k_of_a_coin() -> None:
+    """With c of n right, k draws all miss with the product of (n-c-i)/(n-i)."""
+    for k in (1, 2, 16, 50):
+        want = 1 - np.prod([(64 - 9 - i) / (64 - i) for i in range(k)])
+        assert evaluate.pass_at_k(64, 9, k) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [("aabbc-", "a"), ("abcde", "ab"), ("aaab--", "b"), ("abab", "b"), ("---", "a"), ("aaaa", "a")],
+)
+def test_vote_of_k_is_the_mean_over_all_orders_of_all_choices(answers: str, right: str) -> None:
+    """Brute force: every sequence of k samples, the commonest answer, the first among equals."""
+    counts = {letter: answers.count(letter) for letter in set(answers) - {"-"}}
+    ks = range(1, len(answers) + 1)
+    found = votes.vote_right(counts, answers.count("-"), set(right), ks)
+    for k, value in zip(ks, found, strict=True):
+        drawn = list(itertools.permutations(answers, k))
+        winners = [rollout.majority(group("".join(one), right)) for one in drawn]
+        assert value == pytest.approx(np.mean([winner is not None and winner in right for winner in winners]))
+
+
+def test_vote_of_two_answers_is_a_hypergeometric_tail() -> None:
+    found = votes.vote_right({"a": 40, "b": 24}, 0, {"a"}, [1, 2, 33, 64])
+    ways = [math.comb(40, j) * math.comb(24, 33 - j) for j in range(17, 34)]
+    assert found == pytest.approx([40 / 64, 40 / 64, sum(ways) / math.comb(64, 33), 1.0], rel=1e-12)
+
+
+def test_curves_by_k_end_at_the_whole_and_begin_at_pass_at_1() -> None:
+    record = evaluate.measure([group("aabbb-", right="b"), group("abcdef", right="b")], "zero", 0)
+    assert list(record["pass_at"]) == list(record["cons_at"]) == ["1", "2", "4", "6"]
+    assert (
+        record["pass_at"]["1"] == record["cons_at"]["1"] == pytest.approx(record["pass_at_1"]) == pytest.approx(1 / 3)
+    )
+    assert record["pass_at"]["6"] == record["pass_at_k"] == 1.0
+    assert record["cons_at"]["6"] == pytest.approx((1 + 1 / 6) / 2)
 
 
 def test_interval_holds_the_truth_about_95_times_in_100() -> None:
