@@ -19,7 +19,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from r1jax import hosts
-from r1jax.curves import draw_curve, level_charts, readable, run_charts
+from r1jax.analyses import evaluation_charts
+from r1jax.curves import draw_curve, readable, run_charts
 from r1jax.run_folder import Record, RunFolder, number, read_run
 
 REPORTED = (
@@ -41,6 +42,7 @@ EVAL_COLUMNS = {
     "general_worth": ("worth of letters", "share"),
     "general_win_rate": ("wins on letters", "share"),
     "truncated_share": ("cut off", "share"),
+    "training_tflops": ("training of the stage, 10¹² operations", ""),
 }
 TILES = ("mean_completion_tokens", "reflective_per_completion", "format_share", "truncated_share")
 
@@ -66,7 +68,7 @@ def render(run: RunFolder) -> str:
         tiles=_tiles(run),
         notes="".join(f"<li>{html.escape(note)}</li>" for note in run.notes),
         curves=_curves(run, charts),
-        evals=_eval_table(run.evals),
+        evals=_eval_table([_with_cost(run, evaluation) for evaluation in run.evals]),
         config=html.escape(json.dumps(run.config, indent=2, sort_keys=True)) if run.config else "",
         style=(assets / "page.css").read_text("utf-8"),
         charts=island(charts),
@@ -152,13 +154,13 @@ def _curves(run: RunFolder, charts: list[Record]) -> str:
         if len(run.metrics) > 1:
             parts.append(f"<h3>Stage {html.escape(stage)}</h3>")
         else:
-            drawn[3:3] = level_charts(run.evals)
+            drawn[3:3] = evaluation_charts(run.evals)
         main, other = ([chart for chart in drawn if chart["main"] is kind] for kind in (True, False))
         parts.append(_figures(main, charts))
         if other:
             parts.append(f"<details><summary>{len(other)} more metrics</summary>{_figures(other, charts)}</details>")
     if len(run.metrics) > 1:
-        parts.append(_figures(level_charts(run.evals), charts))
+        parts.append(_figures(evaluation_charts(run.evals), charts))
     return "".join(parts)
 
 
@@ -173,6 +175,12 @@ def _figures(drawn: list[Record], charts: list[Record]) -> str:
         )
         charts.append(chart)
     return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _with_cost(run: RunFolder, evaluation: Record) -> Record:
+    """The evaluation with what its stage had cost by then, where the metrics say it."""
+    flops = run.training_flops(str(evaluation.get("stage")), number(evaluation.get("step")) or 0)
+    return {**evaluation, "training_tflops": flops / 1e12} if flops else evaluation
 
 
 def _eval_table(evals: list[Record]) -> str:

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from r1jax import curves, run_folder
+from r1jax import analyses, curves, run_folder
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 12, 97])
@@ -66,5 +66,5 @@ def test_a_long_line_is_averaged_in_bins() -> None:
 
 def test_levels_are_in_order_of_number() -> None:
     by_level = {level: {"pass_at_1": 0.5, "mean_completion_tokens": 10.0} for level in ("10", "2", "hard", "1")}
-    bars = curves.level_charts([{"by_level": by_level}])[0]["bars"]
+    bars = analyses.level_charts([{"by_level": by_level}])[0]["bars"]
     assert [bar["label"] for bar in bars] == ["measured"] and bars[0]["x"] == ["1", "2", "10", "hard"]
