@@ -47,7 +47,7 @@ def embedded() -> ConfigDict:
     config.rewards = ConfigDict({"accuracy": 1.0, "format": 1.0, "language": 0.0, "worth": 0.0})
     config.rl.update(
         {
-            "updates": 60,
+            "updates": 72,
             "prompts_per_update": 8,
             "minibatches": 4,
             "max_completion_tokens": 288,
@@ -77,5 +77,6 @@ def released(learning_rate: float) -> ConfigDict:
     config.optim.update({"learning_rate": learning_rate, "schedule": "cosine", "final_share": 0.1})
     config.eval.problems = 0  # the problems are the user's: config.data and config.eval say which
     alone = {"rl": {"updates": 10_000}, "optim": {"learning_rate": 2e-6, "schedule": "constant"}}
+    alone |= {"data": {"template": "r1_zero"}}
     config.pipeline = ConfigDict({"rl_alone": {"page": "reasoning_rl", "start": "base", **alone}})
     return config
