@@ -146,11 +146,8 @@ def _curves(run: RunFolder, charts: list[Record]) -> str:
     """The figures as HTML; what they draw is appended to `charts`, where their data-chart attribute finds it."""
     parts = []
     for stage, records in (run.metrics or {"": []}).items():
-        # A stage begins where the one before it ended, so that evaluation is its step 0.
-        first = next((i for i, e in enumerate(run.evals) if e.get("stage") == stage), 0)
         own = [e for e in run.evals if e.get("stage") == stage]
-        start = [{**run.evals[first - 1], "step": 0}] if first else []
-        drawn = run_charts(records, start + own if len(run.metrics) > 1 else run.evals)
+        drawn = run_charts(records, _start(run, stage) + own if len(run.metrics) > 1 else run.evals)
         if len(run.metrics) > 1:
             parts.append(f"<h3>Stage {html.escape(stage)}</h3>")
         else:
@@ -162,6 +159,20 @@ def _curves(run: RunFolder, charts: list[Record]) -> str:
     if len(run.metrics) > 1:
         parts.append(_figures(evaluation_charts(run.evals), charts))
     return "".join(parts)
+
+
+def _start(run: RunFolder, stage: str) -> list[Record]:
+    """The evaluation that a stage begins at, as its step 0: that of the stage it starts from, or of the one before."""
+    first = next((i for i, e in enumerate(run.evals) if e.get("stage") == stage), 0)
+    group = run.config.get("pipeline")
+    settings = group.get(stage) if isinstance(group, dict) else None
+    name = settings.get("start") if isinstance(settings, dict) else None
+    before = run.evals[:first]
+    if name == "base":
+        before = [e for e in before[:1] if e.get("step") == 0]
+    elif name:
+        before = [e for e in before if e.get("stage") == name]
+    return [{**e, "step": 0} for e in before[-1:] if first and run.evals[first].get("step") != 0]
 
 
 def _figures(drawn: list[Record], charts: list[Record]) -> str:

@@ -292,6 +292,18 @@ def test_each_stage_has_its_own_curves_that_begin_at_the_evaluation_before_it(br
     assert [(points["x"], points["y"]) for points in accuracy] == [([0, 2], [0.1, 0.2]), ([0, 2], [0.2, 0.7])]
 
 
+@pytest.mark.parametrize(("start", "begins"), [("", 0.3), ("base", 0.1), ("zero", 0.2)])
+def test_the_curves_of_a_stage_begin_at_what_the_config_says(broken: pathlib.Path, start: str, begins: float) -> None:
+    names = ("zero", "dev1", "dev3")
+    write_lines(broken / "metrics.jsonl", [{"stage": name, "step": 1, "loss/mean": 1.0} for name in names])
+    evals = [("zero", 0, 0.1), ("zero", 2, 0.2), ("dev1", 2, 0.3), ("dev3", 2, 0.4)]
+    records = [{"stage": stage, "step": step, "pass_at_1": p} for stage, step, p in evals]
+    (broken / "summary.json").write_text(json.dumps({"evals": records}))
+    (broken / "config.json").write_text(json.dumps({"pipeline": {"dev3": {"start": start}, "dev1": 7}}))
+    accuracy = [chart["points"][0]["y"] for chart in page_of(broken).island("charts") if chart["title"] == "Accuracy"]
+    assert accuracy == [[0.1, 0.2], [0.2, 0.3], [begins, 0.4]]
+
+
 def test_an_evaluation_shows_what_its_stage_had_cost_by_then(broken: pathlib.Path) -> None:
     assert "operations" not in page_of(broken).text.partition("Evaluations")[2]
     lines = [{"stage": "reasoning_rl", "step": step, "compute/flops": 2e11} for step in range(1, N_STEPS + 1)]
