@@ -4,6 +4,7 @@ Counted as PaLM does (arXiv 2204.02311, appendix B): two per weight and token, a
 by them, and training runs of different kinds are compared at equal numbers of them.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -18,6 +19,7 @@ Numbers = float | np.ndarray
 BACKWARD = 3  # a training step is a forward pass and a backward one of twice its operations
 
 
+@functools.cache
 def active_weights(config: ModelConfig) -> float:
     """Weights that a token is multiplied with: of routed experts its share, of the embedding none but as the head."""
     shapes = transformer.shapes(config)
@@ -47,7 +49,7 @@ def forward(config: ModelConfig, tokens: Numbers, keys: Numbers) -> Numbers:
     return tokens * (2 * active_weights(config) + keys * attention_per_pair(config))
 
 
-def decode(config: ModelConfig, tokens: float, keys: float) -> float:
+def decode(config: ModelConfig, tokens: Numbers, keys: Numbers) -> Numbers:
     """The same, one token at a time over a cache."""
     return tokens * (2 * active_weights(config) + keys * attention_per_pair(config, absorbed=True))
 
@@ -65,5 +67,6 @@ def sampled(config: ModelConfig, lengths: Iterable[tuple[int, list[int]]]) -> fl
     total = 0.0
     for prompt, completions in lengths:
         total += forward(config, prompt, prompt / 2)
-        total += sum(decode(config, n, prompt + n / 2) for n in completions)
+        n = np.array(completions, float)
+        total += decode(config, n, prompt + n / 2).sum()
     return total
