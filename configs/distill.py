@@ -47,7 +47,7 @@ def embedded() -> ConfigDict:
     config.rewards = ConfigDict({"accuracy": 1.0, "format": 1.0, "language": 0.0, "worth": 0.0})
     config.rl.update(
         {
-            "updates": 72,
+            "updates": 56,
             "prompts_per_update": 8,
             "minibatches": 4,
             "max_completion_tokens": 288,
