@@ -35,7 +35,7 @@ def make_config(policy: pathlib.Path, **changes: object) -> ConfigDict:
     config = config_file.get_config()
     small = {**SETTINGS, "rl.updates": 2, "grpo.kl_coef": 0.0, "data.max_prompt_tokens": 160, "rl.row_tokens": 256}
     small |= {"model.path": str(policy), "sft.data": str(policy / "talks.jsonl"), "sft.rows": 2, "sft.row_tokens": 96}
-    small |= {"eval.problems": 2, "eval.samples": 2, "eval.general_samples": 2}
+    small |= {"eval.problems": 5, "eval.samples": 2, "eval.general_samples": 2}
     for key, value in {**small, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
         group, _, name = key.rpartition(".")
         (config[group] if group else config)[name] = value
@@ -60,7 +60,7 @@ def test_one_command_leaves_both_students_an_evaluation_of_each_and_what_they_co
     assert [(e["stage"], e["step"]) for e in evals] == [("rl_alone", 0), ("rl_alone", 2), ("distill", 3)]
     for record in evals:
         assert {"general_worth", "language_consistency"} <= record.keys()
-        assert {name: part["n_problems"] for name, part in record["by_language"].items()} == {"en": 1, "zh": 1}
+        assert {name: part["n_problems"] for name, part in record["by_language"].items()} == {"en": 1, "zh": 4}
     spent = run_folder.read_run(whole).training_flops
     assert spent("rl_alone") > 0 and spent("distill") > 0 and spent("rl_alone", 1) < spent("rl_alone")
     assert "10¹² operations" in (whole / "report.html").read_text()
