@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 COMMA := ,
 GYM := $(if $(shell command -v cc),$(COMMA)gym)
 
-.PHONY: zero r1 test bench report lint clean
+.PHONY: zero r1 distill test bench report lint clean
 .DELETE_ON_ERROR:
 
 zero: $(VENV)/core
@@ -24,6 +24,9 @@ zero: $(VENV)/core
 
 r1: $(VENV)/core
 	$(BIN)/python -m r1jax.main --config=configs/r1.py --workdir=runs/r1
+
+distill: $(VENV)/core
+	$(BIN)/python -m r1jax.main --config=configs/distill.py --workdir=runs/distill
 
 report: $(VENV)/core
 	$(BIN)/python -m r1jax.report --workdir=$(WORKDIR)

@@ -62,7 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["r1jax", "r1jax.*"]),
-    package_data={"r1jax": ["base/*", "base_bilingual/*", "*.html", "report_page/*"]},
+    package_data={"r1jax": ["base/*", "base_bilingual/*", "base_student/*", "*.html", "report_page/*"]},
     install_requires=CORE,
     extras_require={
         "test": TEST,

@@ -27,6 +27,21 @@ TINY = {
 # The same for English and Chinese.
 TINY_BILINGUAL = {**TINY, "vocab_size": 672}
 
+# The embedded student: Qwen2.5's kind, dense, a third of the size.
+TINY_STUDENT = {
+    "vocab_size": 672,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "intermediate_size": 256,
+    "qkv_bias": True,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+    "max_position_embeddings": 2048,
+}
+
 # Released configuration of DeepSeek-V3 and R1, reported.
 DEEPSEEK_V3 = {
     "vocab_size": 129_280,
@@ -133,6 +148,7 @@ QWEN3_30B_A3B = {
 MODELS = {
     "tiny": TINY,
     "tiny_bilingual": TINY_BILINGUAL,
+    "tiny_student": TINY_STUDENT,
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v2_lite": DEEPSEEK_V2_LITE,
     "qwen2_5_1_5b": QWEN2_5_1_5B,

@@ -10,23 +10,29 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+# What differs between the bases that are packaged: corpora, values of config.model, steps.
+BASES = {
+    "english": ("corpus", {}, 2600),
+    "bilingual": ("corpus_bilingual", {"path": "packaged:bilingual", "name": "tiny_bilingual"}, 2600),
+    "student": ("corpus_bilingual", {"path": "packaged:bilingual", "name": "tiny_student"}, 600),
+}
 
-def get_config(mixture: str = "english") -> ConfigDict:
-    """Pretraining of the tiny policy, "english" or "bilingual"; every value is *our choice*."""
-    if mixture not in ("english", "bilingual"):
-        raise ValueError(f"there is no mixture {mixture!r}, wanted english or bilingual")
-    suffix = "" if mixture == "english" else "_bilingual"
+
+def get_config(base_name: str = "english") -> ConfigDict:
+    """Pretraining of a tiny policy, of BASES; every value is *our choice*."""
+    if base_name not in BASES:
+        raise ValueError(f"there is no base {base_name!r}, wanted {', '.join(BASES)}")
+    corpus, model, steps = BASES[base_name]
     config = base.get_config()
-    if suffix:
-        config.model.update({"path": "packaged:bilingual", "name": "tiny_bilingual"})
+    config.model.update(model)
     config.stages = ("pretrain",)
     config.cpu_devices = 2
     config.mesh.update({"data": -1, "fsdp": 1})
     config.pretrain.update(
         {
-            "corpus": f"runs/corpus{suffix}",
-            "valid_corpus": f"runs/corpus{suffix}_valid",
-            "steps": 2600,
+            "corpus": f"runs/{corpus}",
+            "valid_corpus": f"runs/{corpus}_valid",
+            "steps": steps,
             "rows": 12,
             "row_tokens": 256,
             "mtp_weight": 0.1,
@@ -38,7 +44,7 @@ def get_config(mixture: str = "english") -> ConfigDict:
             "learning_rate": 0.01,
             "warmup_steps": 50,
             "schedule": "cosine",
-            "decay_steps": 2600,
+            "decay_steps": steps,
             "final_share": 0.02,
             "weight_decay": 0.05,
             "router_bias_rate": 0.003,

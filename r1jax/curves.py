@@ -45,6 +45,13 @@ CHARTS = (
         {r"reflective/per_completion": "training"},
         {"reflective_per_completion": "evaluation"},
     ),
+    Chart("Reflective words, one by one", "per completion", {r"reflective/(?!per_)(\w+)": r"\1"}, form="rise"),
+    Chart(
+        "Length by correctness",
+        "tokens",
+        {r"length/right": "training, right", r"length/wrong": "training, wrong"},
+        {"mean_tokens_right": "evaluation, right", "mean_tokens_wrong": "evaluation, wrong"},
+    ),
     Chart("Loss", "nats", {r"loss/mean": "minimised", r"loss/(.+)": r"\1"}),
     Chart("Right predictions", "share", {r"accuracy/(.+)": r"\1"}),
     Chart("Rewards", "mean reward", {r"reward/mean": "weighted sum", r"reward/(.+)/mean": r"\1"}),
@@ -93,6 +100,11 @@ def moving_mean(y: np.ndarray) -> np.ndarray:
     return np.convolve(y, window)[reach : len(y) + reach] / np.convolve(np.ones_like(y), window)[reach : len(y) + reach]
 
 
+def half_way(line: Record) -> float:
+    """The first step at which the smoothed line is at half of its highest value or above it."""
+    return next(x for x, y in zip(line["x"], line["smooth"], strict=True) if y >= max(line["smooth"]) / 2)
+
+
 def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
@@ -123,46 +135,23 @@ def _filled(chart: Chart, keys: dict[str, str], records: list[Record], evals: li
     lines = [{"label": label, **metric_line(records, key)} for label, key in keys.items()]
     points = [{"label": label, **evaluation_points(evals, field)} for field, label in chart.evals.items()]
     lines, points = [line for line in lines if line["x"]], [line for line in points if line["x"]]
-    if chart.form == "stack":
+    if chart.form == "rise":  # what never occurs is left out; what rises last is what one looks for
+        lines = [line for line in lines if any(line["y"])]
+        says = "; ".join(
+            f"{line['label']} {arrow([line['smooth'][0], line['smooth'][-1]], chart.unit)}, "
+            f"half of its most at step {half_way(line):g}"
+            for line in lines
+        )
+    elif chart.form == "stack":
         says = "median " + ", ".join(f"{line['label']} {statistics.median(line['y']):.2g} s" for line in lines)
     else:
         ends = [(p["label"], p["y"]) for p in points] or [(line["label"], line["smooth"]) for line in lines]
-        says = "; ".join(f"{label} {_arrow([y[0], y[-1]], chart.unit)}" for label, y in ends)
+        says = "; ".join(f"{label} {arrow([y[0], y[-1]], chart.unit)}" for label, y in ends)
     return {**chart._asdict(), "main": main, "says": says, "lines": lines, "points": points}
 
 
-def level_charts(evals: list[Record]) -> list[Record]:
-    """Difficulty against tokens and pass@1, base and final: {title, unit, form, says, main, bars: [{label, x, y}]}."""
-    graded = [e for e in evals if isinstance(e.get("by_level"), dict) and e["by_level"]]
-    compared = [("before", graded[0]), ("after", graded[-1])] if len(graded) > 1 else [("measured", e) for e in graded]
-    charts = []
-    for title, unit, field in (
-        ("Tokens by difficulty", "tokens", "mean_completion_tokens"),
-        ("Pass rate by difficulty", "share", "pass_at_1"),
-    ):
-        bars = []
-        for label, evaluation in compared:
-            levels = sorted(evaluation["by_level"].items(), key=lambda item: _natural(item[0]))
-            pairs = [(level, number(v.get(field))) for level, v in levels if isinstance(v, dict)]
-            pairs = [(level, value) for level, value in pairs if value is not None]
-            if pairs:
-                bars.append({"label": label, "x": [level for level, _ in pairs], "y": [value for _, value in pairs]})
-        if bars:
-            ends = dict.fromkeys([bars[-1]["x"][0], bars[-1]["x"][-1]])  # the easiest and the hardest
-            values = {level: [dict(zip(b["x"], b["y"], strict=True)).get(level) for b in bars] for level in ends}
-            says = "; ".join(f"level {level} {_arrow(y, unit)}" for level, y in values.items())
-            charts.append({"title": title, "unit": unit, "form": "bars", "says": says, "main": True, "bars": bars})
-    return charts
-
-
-def _natural(level: str) -> tuple[float, str]:
-    try:
-        return float(level), level
-    except ValueError:
-        return float("inf"), level
-
-
-def _arrow(values: list[float | None], unit: str) -> str:
+def arrow(values: list[float | None], unit: str) -> str:
+    """Values in words, the missing ones left out: before → after."""
     return " → ".join(readable(value, unit) for value in values if value is not None)
 
 

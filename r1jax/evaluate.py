@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from r1jax.rewards.language import language_of
 from r1jax.rollout import Group, as_array, majority_is_right
-from r1jax.text import reflective_words
+from r1jax.text import REFLECTIVE_WORDS, reflective_counts, reflective_words
 from r1jax.votes import sample_counts, vote_right
 
 
@@ -90,7 +91,21 @@ def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
         for level in sorted({level for level in levels if level is not None})
         for rows in [[i for i, one in enumerate(levels) if one == level]]
     }
+    record |= {"reflective_by_word": reflective_by_word(groups), "by_language": by_language(groups, right)}
     return {key: float(value) if isinstance(value, np.floating) else value for key, value in record.items()}
+
+
+def reflective_by_word(groups: Sequence[Group]) -> dict[str, float]:
+    """Each reflective word per completion: in the report "wait" comes late (supplement on the growth of reflection)."""
+    counts = [reflective_counts(s.text) for group in groups for s in group]
+    return {word: sum(one[word] for one in counts) / len(counts) for word in REFLECTIVE_WORDS}
+
+
+def by_language(groups: Sequence[Group], right: np.ndarray) -> dict[str, dict[str, float]]:
+    """pass@1 of the problems of each language, which is that of the question; `right` is [N, G]."""
+    languages = [language_of(str(group[0].example.get("question", ""))) for group in groups]
+    rows = {name: [i for i, one in enumerate(languages) if one == name] for name in sorted(set(languages))}
+    return {name: {"n_problems": len(found), "pass_at_1": float(right[found].mean())} for name, found in rows.items()}
 
 
 def measure_general(groups: Sequence[Group]) -> dict[str, Any]:

@@ -5,12 +5,12 @@ Two or three epochs, a cosine from 5e-5 to a tenth (R1 report, sections 2.3.1, 2
 
 import dataclasses
 
-from r1jax import conversations, held_out, hosts, next_token
+from r1jax import conversations, held_out, hosts, next_token, report
 from r1jax.run import Config, Policy, Run, export, open_checkpoints, optim_config, training_program
 
 
 def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> Policy:
-    """Trains the policy on the conversations in `data` and evaluates it; leaves a model folder in WORKDIR/models.
+    """Trains the policy on the conversations in `data` and evaluates it; leaves its model in WORKDIR/models and a page.
 
     Raises:
         ValueError: no conversation there that fits; names `key`, the config key that says which file it is.
@@ -39,4 +39,8 @@ def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> 
     )
     tuned = dataclasses.replace(policy, params=params)
     held_out.evaluate_policy(run, config, tuned, steps)
-    return export(run, policy, params)
+    policy = export(run, policy, params)
+    run.summary.write()
+    if hosts.is_writer():
+        report.write_report(run.workdir)
+    return policy

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import grpo, hosts, metrics, minibatches, optim
+from r1jax import evaluate, flops, grpo, hosts, metrics, minibatches, optim
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import Mixture, PromptStream
 from r1jax.rollout import Group, Interrupted, as_array, majority_is_right, records
@@ -121,7 +121,10 @@ def rollout_metrics(groups: list[Group], drawn: int, limit: int, seconds: float)
     for name in names:
         values = as_array(groups, lambda s, n=name: s.graded.rewards[n])
         out |= {f"reward/{name}/mean": values.mean(), f"reward/{name}/std": values.std()}
+    out |= {f"reflective/{word}": mean for word, mean in evaluate.reflective_by_word(groups).items()}
     if "accuracy" in names:
+        right = as_array(groups, lambda s: s.graded.rewards["accuracy"]) > 0.5
+        out |= {f"length/{name}": length[of].mean() for name, of in (("right", right), ("wrong", ~right)) if of.any()}
         out["group/majority_share"] = np.mean([majority_is_right(group, "accuracy") for group in groups])
     for flag in ("timeout", "error", "nan", "died"):
         if flag in flags:
@@ -207,9 +210,15 @@ def rl_loop(
             rows = ({**row, "advantage": item.advantage} for row, item in zip(rows, trained, strict=False))
             metrics.write_rollout(run.workdir, run.stage, at.rollout, rows)
             batches = []
+            lengths = [(len(g[0].prompt_tokens), [len(s.completion.tokens) for s in g]) for g in groups]
+            work = [0.0] * len(parts)
+            work[0] = flops.sampled(policy.config, lengths) * drawn / len(groups)
             for j, part in enumerate(parts):
                 with clock("pack"):
                     arrays, n = minibatches.pack(part, shape, objective, limit)
+                    scored = (reference is not None) + (settings.old_logp == "policy" and j > 0)
+                    once = flops.packed(policy.config, arrays["positions"], arrays["segments"] > 0)
+                    work[j] += (flops.BACKWARD + scored) * once.sum()
                     batch = put_rows(arrays, layout)
                 if reference is not None:
                     with clock("ref_logp"):
@@ -228,6 +237,7 @@ def rl_loop(
                     state, sums = moves.update(state, batch, n, j == 0)
                     sums = {name: hosts.fetch(value) for name, value in sums.items()}
                 at.step += 1
+                scalars["compute/flops"] = work[j]
                 scalars |= update_metrics(sums, float(rate(at.step - 1))) | clock.take()
                 log.write(at.step, scalars)
                 progress.step(at.step, scalars)

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from r1jax import data, hosts, metrics, optim, updates
+from r1jax import data, flops, hosts, metrics, optim, updates
 from r1jax.checkpoint import Checkpoints
 from r1jax.packing import Rows
 from r1jax.run import Policy, Run, Stopped, check_finite, put_rows, training_state
@@ -75,6 +75,7 @@ def run_steps(
     saved: Checkpoints,
     describe: Callable[[Mapping[str, jax.Array], float], dict[str, float]],
     validate: Callable[[Params], dict[str, float]] | None,
+    work: np.ndarray | None = None,
 ) -> Params:
     """Runs all steps from where the checkpoints stand, and returns the parameters.
 
@@ -84,6 +85,7 @@ def run_steps(
         rows: arrays whose first axis counts what is drawn together: a row, or a pair of them.
         describe: standard names of one update from its sums and the learning rate.
         validate: what is measured of parameters every `schedule.valid_every` steps.
+        work: operations that one step on each row asks for, logged where given.
 
     Raises:
         run.Stopped: SIGTERM came; everything is saved.
@@ -105,6 +107,8 @@ def run_steps(
             step += 1
             scalars = describe(sums, float(rate(step - 1)))
             scalars["throughput/train_tokens_per_s"] = float(sums["tokens"]) / (time.perf_counter() - start_s)
+            if work is not None:
+                scalars["compute/flops"] = float(work[index].sum())
             if validate is not None and (step % schedule.valid_every == 0 or step == schedule.steps):
                 found = validate(state["policy"])
                 scalars |= found
@@ -154,4 +158,5 @@ def train(
         saved,
         step_metrics,
         None if valid is None else validate,
+        flops.BACKWARD * flops.packed(policy.config, rows.positions, rows.segments > 0),
     )

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import time
+import types
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from r1jax.run import Policy, Run
 # that names its page: the same page can be gone through several times with other settings.
 PAGES = (
     *("pretrain", "sft", "cold_start", "reasoning_rl", "rejection_sft", "reward_models", "all_scenario_rl"),
-    "evaluate",
+    *("distill", "evaluate"),
 )
 
 # Stages that start from nothing rather than from the policy at config.model.path.
@@ -34,7 +35,7 @@ FROM_NOTHING = ("pretrain",)
 
 # Bases that come with r1jax, by the value of config.model.path.
 BASE = pathlib.Path(r1jax.__file__).parent / "base"
-PACKAGED = {"": BASE, "packaged:bilingual": BASE.with_name("base_bilingual")}
+PACKAGED = {"": BASE} | {f"packaged:{name}": BASE.with_name(f"base_{name}") for name in ("bilingual", "student")}
 
 
 def base_folder(model: Mapping[str, Any]) -> Folder:
@@ -140,6 +141,18 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
     return own
 
 
+def page_module(config: ConfigDict, name: str) -> types.ModuleType:
+    """The module with the page of a stage."""
+    return importlib.import_module(f"r1jax.stages.{page_of(config, name)}")
+
+
+def check_pages(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Asks those pages that can tell whether what they need from outside is there: before the first stage begins."""
+    for name in config.stages:
+        if check := getattr(page_module(config, name), "check", None):
+            check(stage_config(config, name), workdir)
+
+
 def start_of(config: ConfigDict, i: int) -> str:
     """Whose policy the i-th stage starts from: an earlier stage, or "base"."""
     name = config.stages[i]
@@ -197,6 +210,7 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     started_s = time.monotonic()
     check_stages(config)
     folder = pathlib.Path(workdir).absolute()
+    check_pages(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(config, folder)
     mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -218,8 +232,8 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
         if start != name:
             policy = None  # two policies at once may not fit
             policy = policy_of(start)
-        page = importlib.import_module(f"r1jax.stages.{page_of(config, stage)}")
-        policy = page.stage(dataclasses.replace(this, stage=stage), stage_config(config, stage), policy)
+        page, own = page_module(config, stage), stage_config(config, stage)
+        policy = page.stage(dataclasses.replace(this, stage=stage), own, policy)
         name = stage
     evaluate.add_win_rates(summary.evals, config.eval.baseline)
     summary.write()

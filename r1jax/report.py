@@ -19,7 +19,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from r1jax import hosts
-from r1jax.curves import draw_curve, level_charts, readable, run_charts
+from r1jax.analyses import evaluation_charts
+from r1jax.curves import draw_curve, readable, run_charts
 from r1jax.run_folder import Record, RunFolder, number, read_run
 
 REPORTED = (
@@ -41,6 +42,7 @@ EVAL_COLUMNS = {
     "general_worth": ("worth of letters", "share"),
     "general_win_rate": ("wins on letters", "share"),
     "truncated_share": ("cut off", "share"),
+    "training_tflops": ("training of the stage, 10¹² operations", ""),
 }
 TILES = ("mean_completion_tokens", "reflective_per_completion", "format_share", "truncated_share")
 
@@ -66,7 +68,7 @@ def render(run: RunFolder) -> str:
         tiles=_tiles(run),
         notes="".join(f"<li>{html.escape(note)}</li>" for note in run.notes),
         curves=_curves(run, charts),
-        evals=_eval_table(run.evals),
+        evals=_eval_table([_with_cost(run, evaluation) for evaluation in run.evals]),
         config=html.escape(json.dumps(run.config, indent=2, sort_keys=True)) if run.config else "",
         style=(assets / "page.css").read_text("utf-8"),
         charts=island(charts),
@@ -144,22 +146,33 @@ def _curves(run: RunFolder, charts: list[Record]) -> str:
     """The figures as HTML; what they draw is appended to `charts`, where their data-chart attribute finds it."""
     parts = []
     for stage, records in (run.metrics or {"": []}).items():
-        # A stage begins where the one before it ended, so that evaluation is its step 0.
-        first = next((i for i, e in enumerate(run.evals) if e.get("stage") == stage), 0)
         own = [e for e in run.evals if e.get("stage") == stage]
-        start = [{**run.evals[first - 1], "step": 0}] if first else []
-        drawn = run_charts(records, start + own if len(run.metrics) > 1 else run.evals)
+        drawn = run_charts(records, _start(run, stage) + own if len(run.metrics) > 1 else run.evals)
         if len(run.metrics) > 1:
             parts.append(f"<h3>Stage {html.escape(stage)}</h3>")
         else:
-            drawn[3:3] = level_charts(run.evals)
+            drawn[3:3] = evaluation_charts(run.evals)
         main, other = ([chart for chart in drawn if chart["main"] is kind] for kind in (True, False))
         parts.append(_figures(main, charts))
         if other:
             parts.append(f"<details><summary>{len(other)} more metrics</summary>{_figures(other, charts)}</details>")
     if len(run.metrics) > 1:
-        parts.append(_figures(level_charts(run.evals), charts))
+        parts.append(_figures(evaluation_charts(run.evals), charts))
     return "".join(parts)
+
+
+def _start(run: RunFolder, stage: str) -> list[Record]:
+    """The evaluation that a stage begins at, as its step 0: that of the stage it starts from, or of the one before."""
+    first = next((i for i, e in enumerate(run.evals) if e.get("stage") == stage), 0)
+    group = run.config.get("pipeline")
+    settings = group.get(stage) if isinstance(group, dict) else None
+    name = settings.get("start") if isinstance(settings, dict) else None
+    before = run.evals[:first]
+    if name == "base":
+        before = [e for e in before[:1] if e.get("step") == 0]
+    elif name:
+        before = [e for e in before if e.get("stage") == name]
+    return [{**e, "step": 0} for e in before[-1:] if first and run.evals[first].get("step") != 0]
 
 
 def _figures(drawn: list[Record], charts: list[Record]) -> str:
@@ -173,6 +186,12 @@ def _figures(drawn: list[Record], charts: list[Record]) -> str:
         )
         charts.append(chart)
     return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _with_cost(run: RunFolder, evaluation: Record) -> Record:
+    """The evaluation with what its stage had cost by then, where the metrics say it."""
+    flops = run.training_flops(str(evaluation.get("stage")), number(evaluation.get("step")) or 0)
+    return {**evaluation, "training_tflops": flops / 1e12} if flops else evaluation
 
 
 def _eval_table(evals: list[Record]) -> str:

@@ -43,6 +43,11 @@ class RunFolder:
         evals = self.summary.get("evals")
         return [e for e in evals if isinstance(e, dict)] if isinstance(evals, list) else []
 
+    def training_flops(self, stage: str, last_step: float = math.inf) -> float:
+        """Operations that a stage asked for up to a step, 0 where nothing says it."""
+        records = (r for r in self.metrics.get(stage, []) if r["step"] <= last_step)
+        return sum(number(record.get("compute/flops")) or 0.0 for record in records)
+
 
 def number(value: Any) -> float | None:
     """`value` if it is a finite number, else None (JSON has no NaN, and browsers refuse a page that holds one)."""

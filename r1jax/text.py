@@ -6,6 +6,7 @@ Face's `tokenizer.json` both become one. Sampled ids are never encoded again: de
 templates are `chat`'s.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -56,6 +57,12 @@ def render_prompt(template: str, question: str) -> str:
 def reflective_words(text: str) -> int:
     """How many reflective words stand in `text`: whole words of REFLECTIVE_WORDS in any case."""
     return len(_REFLECTIVE.findall(text))
+
+
+def reflective_counts(text: str) -> dict[str, int]:
+    """How often each of REFLECTIVE_WORDS stands in `text`, as `reflective_words` counts them."""
+    found = collections.Counter(word.lower() for word in _REFLECTIVE.findall(text))
+    return {word: found[word] for word in REFLECTIVE_WORDS}
 
 
 @runtime_checkable

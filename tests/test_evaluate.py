@@ -114,3 +114,14 @@ def test_measure_counts_by_hand() -> None:
         "1": {"n_problems": 1, "pass_at_1": pytest.approx(1 / 3), "mean_completion_tokens": 5},
         "2": {"n_problems": 2, "pass_at_1": pytest.approx(1 / 2), "mean_completion_tokens": 5},
     }
+    words = {word: count for word, count in got["reflective_by_word"].items() if count}
+    assert words == {"wait": 1, "but": 1}
+
+
+def test_problems_are_told_apart_by_the_language_of_their_question() -> None:
+    asked = [("make 5 of 2 and 3", "aab"), ("用 2 和 3 凑出 5", "bbb"), ("凑出 6", "aaa")]
+    groups = [group(answers, right="b", question=question) for question, answers in asked]
+    assert evaluate.measure(groups, "zero", 7)["by_language"] == {
+        "en": {"n_problems": 1, "pass_at_1": pytest.approx(1 / 3)},
+        "zh": {"n_problems": 2, "pass_at_1": pytest.approx(1 / 2)},
+    }

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny import DEEPSEEK, QWEN, QWEN_MOE
 
-from r1jax import sharding
-from r1jax.plan import account, compare, estimate, flops, hlo, interconnect, layout, programs, table, topology
+from r1jax import flops, sharding
+from r1jax.plan import account, compare, estimate, hlo, interconnect, layout, programs, table, topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

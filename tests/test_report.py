@@ -44,7 +44,9 @@ def fake_evaluation(stage: str, step: int) -> dict:
         str(n): {"n_problems": 128, "pass_at_1": p ** (n / 2), "mean_completion_tokens": 20 * n * p}
         for n in range(1, 5)
     }
-    return {**evaluation, "by_level": levels}
+    evaluation |= {"mean_tokens_right": 20 + 40 * p, "mean_tokens_wrong": 30 + 60 * p}
+    evaluation |= {"pass_at": {str(k): 1 - (1 - p) ** k for k in (1, 4, 16)}}
+    return {**evaluation, "by_level": levels, "cons_at": {"1": p, "4": 1.1 * p, "16": 1.2 * p}}
 
 
 def fake_metrics(step: int, rng: random.Random) -> dict:
@@ -58,6 +60,8 @@ def fake_metrics(step: int, rng: random.Random) -> dict:
     record |= {"reward/mean": p + 0.95, "reward/accuracy/mean": p, "reward/format/mean": 0.95, "kl/mean": 1e-3 * step}
     record |= {"length/truncated_share": 0.02, "reflective/per_completion": 0.1 + p, "entropy/mean": 1 - 0.5 * p}
     record |= {"clip/low_share": 0.002, "clip/high_share": 0.004, "mismatch/mean_abs": 2e-4, "grad/norm": 0.3 + p / 5}
+    record |= {"reflective/check": 0.1 + p / 2, "reflective/wait": max(p - 0.5, 0.0), "reflective/retry": 0.0}
+    record |= {"length/right": 20 + 45 * p, "length/wrong": 28 + 60 * p, "compute/flops": 1e11}
     record |= {"loss/mean": -p, "loss/policy": -p, "group/zero_variance_share": 1 - p}
     record |= {"time/rollout_s": 2 + p, "time/grade_s": 0.2, "time/update_s": 2.4, "time/step_s": 4.9}
     return record | {"throughput/rollout_tokens_per_s": 9000 + 500 * p, "optim/lr": 3e-6}
@@ -162,8 +166,9 @@ def test_the_page_tells_the_result_and_draws_every_curve(run: pathlib.Path) -> N
     assert titles == {chart.title for chart in curves.CHARTS} - {"Right predictions"} | {
         "Tokens by difficulty",
         "Pass rate by difficulty",
+        "Majority vote and pass rate by number of samples",
     }
-    assert [chart["title"] for chart in charts if not chart["main"]] == ["time/step_s", "optim/lr"]
+    assert [chart["title"] for chart in charts if not chart["main"]] == ["compute/flops", "time/step_s", "optim/lr"]
     drawn = [int(attributes["data-chart"]) for _, attributes in page.tags if "data-chart" in attributes]
     assert sorted(drawn) == list(range(len(charts)))
     accuracy = next(chart for chart in charts if chart["title"] == "Accuracy")
@@ -212,7 +217,7 @@ def test_a_missing_file_is_named_and_the_rest_is_shown(broken: pathlib.Path, nam
     assert f"{name} is missing" in page.text or f"{name} holds no completions" in page.text
     assert ("71.7%" in page.text) == (name != "summary.json")
     assert bool(page.island("records")["completions"]) == (name != "rollouts")
-    assert any(chart.get("lines") for chart in page.island("charts")) == (name != "metrics.jsonl")
+    assert any(c.get("lines") for c in page.island("charts") if c["form"] != "versus") == (name != "metrics.jsonl")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts/000003.jsonl", "summary.json"])
@@ -285,6 +290,26 @@ def test_each_stage_has_its_own_curves_that_begin_at_the_evaluation_before_it(br
     assert "Stage cold_start" in page.text and "Stage reasoning_rl" in page.text
     accuracy = [chart["points"][0] for chart in page.island("charts") if chart["title"] == "Accuracy"]
     assert [(points["x"], points["y"]) for points in accuracy] == [([0, 2], [0.1, 0.2]), ([0, 2], [0.2, 0.7])]
+
+
+@pytest.mark.parametrize(("start", "begins"), [("", 0.3), ("base", 0.1), ("zero", 0.2)])
+def test_the_curves_of_a_stage_begin_at_what_the_config_says(broken: pathlib.Path, start: str, begins: float) -> None:
+    names = ("zero", "dev1", "dev3")
+    write_lines(broken / "metrics.jsonl", [{"stage": name, "step": 1, "loss/mean": 1.0} for name in names])
+    evals = [("zero", 0, 0.1), ("zero", 2, 0.2), ("dev1", 2, 0.3), ("dev3", 2, 0.4)]
+    records = [{"stage": stage, "step": step, "pass_at_1": p} for stage, step, p in evals]
+    (broken / "summary.json").write_text(json.dumps({"evals": records}))
+    (broken / "config.json").write_text(json.dumps({"pipeline": {"dev3": {"start": start}, "dev1": 7}}))
+    accuracy = [chart["points"][0]["y"] for chart in page_of(broken).island("charts") if chart["title"] == "Accuracy"]
+    assert accuracy == [[0.1, 0.2], [0.2, 0.3], [begins, 0.4]]
+
+
+def test_an_evaluation_shows_what_its_stage_had_cost_by_then(broken: pathlib.Path) -> None:
+    assert "operations" not in page_of(broken).text.partition("Evaluations")[2]
+    lines = [{"stage": "reasoning_rl", "step": step, "compute/flops": 2e11} for step in range(1, N_STEPS + 1)]
+    write_lines(broken / "metrics.jsonl", lines)
+    table = page_of(broken).text.partition("Evaluations")[2].partition("Config")[0]
+    assert "10¹² operations" in table and [cost in table for cost in ("6.4", "12.8", "19.2")] == [True] * 3
 
 
 @pytest.mark.parametrize("limit", [{"max_completions": 40}, {"max_bytes": 30_000}])

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from r1jax import curves, run_folder
+from r1jax import analyses, curves, run_folder
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 12, 97])
@@ -66,5 +66,30 @@ def test_a_long_line_is_averaged_in_bins() -> None:
 
 def test_levels_are_in_order_of_number() -> None:
     by_level = {level: {"pass_at_1": 0.5, "mean_completion_tokens": 10.0} for level in ("10", "2", "hard", "1")}
-    bars = curves.level_charts([{"by_level": by_level}])[0]["bars"]
+    bars = analyses.level_charts([{"by_level": by_level}])[0]["bars"]
     assert [bar["label"] for bar in bars] == ["measured"] and bars[0]["x"] == ["1", "2", "10", "hard"]
+
+
+def test_votes_stand_against_the_number_of_samples_of_the_first_and_the_last_evaluation() -> None:
+    evals = [{"cons_at": {"16": 0.4 + n / 10, "2": 0.2}, "pass_at": {"2": None} if n else {}} for n in range(3)]
+    (chart,) = analyses.sample_charts([{"pass_at_1": 0.1}, *evals])
+    assert [(line["label"], line["x"]) for line in chart["lines"]] == [
+        ("majority of k, before", ["2", "16"]),
+        ("majority of k, after", ["2", "16"]),
+    ]
+    assert chart["says"] == "majority of 16 40.0% → 60.0%"
+    assert analyses.sample_charts([{"cons_at": {}}]) == []
+
+
+def test_a_word_that_rises_late_shows_when_and_one_that_never_comes_is_left_out() -> None:
+    late = [{"step": n, "reflective/wait": float(n > 60), "reflective/but": 0.0} for n in range(1, 101)]
+    (chart,) = [c for c in curves.run_charts(late, []) if c["title"] == "Reflective words, one by one"]
+    assert [line["label"] for line in chart["lines"]] == ["wait"]
+    assert chart["says"] == "wait 0 → 1, half of its most at step 61"
+
+
+def test_operations_are_added_up_by_stage_to_a_step(tmp_path: pathlib.Path) -> None:
+    lines = [{"stage": s, "step": n, "compute/flops": 10.0 * n} for s in ("sft", "rl") for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 4}]))
+    spent = run_folder.read_run(tmp_path).training_flops
+    assert (spent("sft"), spent("rl", 2), spent("other"), spent("")) == (60.0, 30.0, 0.0, 0.0)

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from r1jax import corpus, fast_tokenizer, writers
 from r1jax.countdown import problems_of, question_of
 from r1jax.text import (
+    REFLECTIVE_WORDS,
     TEMPLATES,
     TextStream,
     check_fits,
     encode_prompt,
     load_tokenizer,
+    reflective_counts,
     reflective_words,
     render_prompt,
 )
@@ -322,6 +324,9 @@ def test_reflective_words_are_whole_words_in_any_case():
     assert reflective_words("Wait, a MISTAKE. However, but retry; error: verify, evaluate, check.") == 9
     assert reflective_words("waiter, checked, butter, unverify") == 0
     assert reflective_words("wait wait") == 2
+    counts = reflective_counts("Wait, wait, CHECK it; but a waiter")
+    assert {word: n for word, n in counts.items() if n} == {"wait": 2, "check": 1, "but": 1}
+    assert tuple(counts) == REFLECTIVE_WORDS
 
 
 def test_the_base_as_a_tokenizer_json_gives_the_same_ids(tmp_path):

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import minibatches, reinforce, run, sharding
+from r1jax import flops, minibatches, reinforce, run, sharding
 from r1jax.model import lora, transformer
 from r1jax.model.config import ModelConfig
-from r1jax.plan import flops
 from r1jax.rewards.pool import Graded
 from r1jax.rollout import Sample
 from r1jax.sampler import buckets

@@ -15,6 +15,12 @@ function plotData(chart, style) {
       line: { width: 0.5, color: hue(i) }, fillcolor: hue(i),
     }));
   }
+  if (chart.form === "versus") {
+    return chart.lines.map((line, i) => ({
+      x: line.x, y: line.y, name: line.label, mode: "lines+markers", hovertemplate: shown,
+      line: { width: 2, color: hue(i), dash: line.label.endsWith("before") ? "dot" : "solid" }, marker: { size: 7, color: hue(i) },
+    }));
+  }
   const traces = [];
   chart.lines.forEach((line, i) => {
     const alone = line.x.length === 1;
@@ -47,7 +53,7 @@ function plotLayout(chart, data, style) {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: style("--text") },
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", colorway: [style("--c0")],
     margin: { l: 44, r: 10, t: 12, b: 30 }, barmode: "group", bargap: 0.35, bargroupgap: 0.08,
-    xaxis: { ...axis, showgrid: false, ...(chart.form === "bars" ? { type: "category" } : {
+    xaxis: { ...axis, showgrid: false, ...(["bars", "versus"].includes(chart.form) ? { type: "category", title: { text: chart.axis, font: { size: 12.5 } } } : {
       title: { text: "step", standoff: 4, font: { size: 12.5 } }, unifiedhovertitle: { text: "step %{x}" },
       spikecolor: style("--muted"), spikethickness: 1, spikedash: "solid",
     }) },
