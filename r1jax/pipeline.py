@@ -22,11 +22,15 @@ from r1jax.model import convert, lora
 from r1jax.model.config import ModelConfig
 from r1jax.run import Policy, Run
 
-# The pages of r1jax.stages, imported when they run. A stage of a run is one of these, or an entry of config.pipeline
-# that names its page: the same page can be gone through several times with other settings.
+# The pages of r1jax.studies, what the report tried and left.
+STUDIES = ("ppo", "prm", "mcts")
+
+# The pages of r1jax.stages and the studies, imported when they run. A stage of a run is one of these, or an entry of
+# config.pipeline that names its page: the same page can be gone through several times with other settings.
 PAGES = (
     *("pretrain", "sft", "cold_start", "reasoning_rl", "rejection_sft", "reward_models", "all_scenario_rl"),
     "evaluate",
+    *STUDIES,
 )
 
 # Stages that start from nothing rather than from the policy at config.model.path.
@@ -218,7 +222,8 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
         if start != name:
             policy = None  # two policies at once may not fit
             policy = policy_of(start)
-        page = importlib.import_module(f"r1jax.stages.{page_of(config, stage)}")
+        page = page_of(config, stage)
+        page = importlib.import_module(f"r1jax.{'studies' if page in STUDIES else 'stages'}.{page}")
         policy = page.stage(dataclasses.replace(this, stage=stage), stage_config(config, stage), policy)
         name = stage
     evaluate.add_win_rates(summary.evals, config.eval.baseline)

@@ -20,6 +20,7 @@ ORDER = [
     "export",
     "pipeline",
     "stages",
+    "studies",
     "reinforce",
     "scorers",
     "fine_tune",
