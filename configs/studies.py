@@ -15,24 +15,27 @@ STUDIES: dict[str, dict[str, Any]] = {
     "": {},
     "ppo": {"stages": ("ppo",)},
     "ppo_short_sighted": {"stages": ("ppo",), "ppo.gae_lambda": 0.95},
-    # Both judge the policy that a short R1-Zero leaves.
+    # Both judge the packaged base, whose first sample is seldom right and one of sixteen nearly always.
     "prm": {
-        "stages": ("reasoning_rl", "prm"),
-        "curate.prompts": 256,
+        "stages": ("prm",),
+        "rl.updates": 40,
+        "optim.decay_steps": 40,
+        "curate.prompts": 512,
         "curate.samples": 4,
         "prm.continuations": 4,
         "value_model.epochs": 3.0,
+        "eval.problems": 128,
         "eval.samples": 16,
     },
     "mcts": {
-        "stages": ("reasoning_rl", "mcts"),
+        "stages": ("mcts",),
         "curate.prompts": 512,
         "curate.samples": 8,
         "value_model.epochs": 2.0,
         "mcts.segment_tokens": 24,
         "mcts.budgets": (256, 512, 1024),
         "eval.problems": 64,
-        "eval.samples": 32,
+        "eval.samples": 48,
     },
 }
 
@@ -50,7 +53,7 @@ def get_config(name: str = "") -> ConfigDict:
     config = zero.get_config()
     config.rl.updates = 24
     config.optim.decay_steps = 24
-    config.eval.update({"problems": 256, "samples": 8, "every": 8})
+    config.eval.update({"problems": 256, "samples": 4})
     config.ppo.update({"value_learning_rate": 8e-4, "value_clip": 0.5})  # rewards go from 0 to 2
     config.value_model.update({"learning_rate": 5e-4, "rows": 16})
     config.update_from_flattened_dict(STUDIES[name])

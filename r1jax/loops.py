@@ -90,11 +90,6 @@ Sampling = Callable[[Params, list[Example], int, int, int], list[Group]]  # para
 Evaluation = Callable[[Params, int], None]  # params in the decode layout, step
 
 
-def unchanged(state: updates.State, batch: updates.Batch, n: int) -> updates.Batch:
-    """The minibatch as it is: GRPO needs nothing but groups for its baseline."""
-    return batch
-
-
 @dataclasses.dataclass(frozen=True)
 class Moves:
     """What the loop calls; made once by the stage.
@@ -102,7 +97,7 @@ class Moves:
     Attributes:
         start: the state before the first step and its shapes, as run.training_state.
         advantages: graded groups to what is trained on, as minibatches.with_advantages.
-        prepare: what is added to a minibatch before the first update of its rollout.
+        prepare: what has to be added to a minibatch before the first update of its rollout, if anything.
     """
 
     sample: Sampling
@@ -112,7 +107,7 @@ class Moves:
     to_decode: Callable[[Params], Params]
     start: Callable = training_state
     advantages: Callable = minibatches.with_advantages
-    prepare: Callable[[updates.State, updates.Batch, int], updates.Batch] = unchanged
+    prepare: Callable[[updates.State, updates.Batch, int], updates.Batch] | None = None
 
 
 def rollout_metrics(groups: list[Group], drawn: int, limit: int, seconds: float) -> dict[str, float]:
@@ -238,8 +233,10 @@ def rl_loop(
                 else:
                     # The first minibatch is on-policy by construction; the array is there for the program's sake.
                     batch["old_logp"] = jnp.zeros_like(batch["sampler_logp"], device=batch["sampler_logp"].sharding)
-                with clock("prepare"):
-                    batches.append((moves.prepare(state, batch, n), n))
+                if moves.prepare is not None:
+                    with clock("values"):
+                        batch = moves.prepare(state, batch, n)
+                batches.append((batch, n))
             for j, (batch, n) in enumerate(batches):
                 with clock("update"):
                     state, sums = moves.update(state, batch, n, j == 0)

@@ -10,9 +10,9 @@ from test_resume import at_call
 from tiny_run import POLICY, STAGE, execute, make_config, make_policy, metrics, outcome
 
 from r1jax import hosts, loops, run
-from r1jax.studies import ppo
+from r1jax.studies import gae, ppo
 
-SETTINGS = ppo.PpoConfig(gae_lambda=0.8, discount=0.9, value_clip=0.2, value_learning_rate=1e-3, whiten=False)
+SETTINGS = gae.PpoConfig(gae_lambda=0.8, discount=0.9, value_clip=0.2, value_learning_rate=1e-3, whiten=False)
 # Rows of two and three completions behind a prompt each; 0 is a prompt's or nobody's place.
 SEQUENCE = np.array([[0, 0, 1, 1, 1, 2, 2, 0, 0], [0, 3, 1, 1, 1, 1, 2, 2, 2]])
 IS_COMPLETION = SEQUENCE > 0
@@ -40,7 +40,7 @@ def test_gae_is_the_sum_of_its_definition(discount, gae_lambda):
                 (discount * gae_lambda) ** k * (r[t + k] + discount * v[t + k + 1] - v[t + k])
                 for k in range(len(places) - t)
             )
-    found = ppo.gae(*map(jnp.asarray, (rewards, values, IS_COMPLETION, SEQUENCE)), discount, gae_lambda)
+    found = gae.gae(*map(jnp.asarray, (rewards, values, IS_COMPLETION, SEQUENCE)), discount, gae_lambda)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
@@ -56,9 +56,9 @@ def batch() -> dict[str, jnp.ndarray]:
 
 
 def test_without_discount_the_value_model_learns_what_is_still_to_come():
-    far = ppo.PpoConfig(gae_lambda=1.0, discount=1.0, value_clip=0.2, value_learning_rate=1e-3, whiten=False)
+    far = gae.PpoConfig(gae_lambda=1.0, discount=1.0, value_clip=0.2, value_learning_rate=1e-3, whiten=False)
     predicted = random(4)
-    found = ppo.estimates(batch(), jnp.asarray(predicted)[None], 0.1, far)
+    found = gae.estimates(batch(), jnp.asarray(predicted)[None], 0.1, far)
     for row, places in completions():
         penalty = 0.1 * (random(2) - random(3))[row, places]
         to_come = 1.0 + SEQUENCE[row, places[0]] - np.cumsum(penalty[::-1])[::-1]
@@ -69,7 +69,7 @@ def test_without_discount_the_value_model_learns_what_is_still_to_come():
 
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_completions():
     rows = jnp.asarray(3 + 5 * random(5))[None]
-    found = np.asarray(ppo.whitened(rows, jnp.asarray(IS_COMPLETION)[None]))[0]
+    found = np.asarray(gae.whitened(rows, jnp.asarray(IS_COMPLETION)[None]))[0]
     assert abs(found[IS_COMPLETION].mean()) < 1e-6 and found[IS_COMPLETION].std() == pytest.approx(1, abs=1e-5)
     assert not found[~IS_COMPLETION].any()
 
@@ -79,7 +79,7 @@ def test_the_value_loss_is_the_larger_of_the_free_and_the_kept():
     values = jnp.array([0.1, 0.6, 1.1, -0.5])
     kept = np.clip(values, -0.2, 0.2)
     wanted = np.maximum((values - 1) ** 2, (kept - 1) ** 2) / 2
-    np.testing.assert_allclose(ppo.clipped_square(0.2, values, micro), wanted, rtol=1e-6)
+    np.testing.assert_allclose(gae.clipped_square(0.2, values, micro), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,56 +5,21 @@ PPO's value model, a process reward model and the value model of a tree search d
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax import hosts, next_token, optim, sharding, updates
+from r1jax import hosts, next_token, scorers, sharding, updates
 from r1jax.packing import pack_groups, place
-from r1jax.run import (
-    Config,
-    Policy,
-    Run,
-    open_checkpoints,
-    optim_config,
-    param_shardings,
-    put_rows,
-    training_program,
-)
+from r1jax.run import Config, Policy, Run, open_checkpoints, optim_config, put_rows
 from r1jax.types import Params
 
 # Prompt ids and completion ids, read together.
 Read = tuple[Sequence[int], Sequence[int]]
 # The logits of the value, [C] float32 each, after every token of each completion.
 Valuer = Callable[[Sequence[Read]], list[np.ndarray]]
-
-
-def head_program(config: Config, policy: Policy, layout: sharding.Layout) -> updates.Program:
-    """What the programs of a model with a scalar head share; all of its weights are trained.
-
-    Raises:
-        ValueError: the policy has adapters.
-    """
-    if policy.lora is not None:
-        raise ValueError(f"config.lora.rank is {policy.lora.rank}: a value model needs all weights, set it to 0")
-    return dataclasses.replace(training_program(config, policy, layout), router_bias_rate=0.0)
-
-
-def with_head(
-    policy: Policy, layout: sharding.Layout, settings: optim.OptimConfig
-) -> tuple[optax.GradientTransformation, updates.State, updates.State]:
-    """The optimizer and state before the first step of the policy's weights with a head of zeros, and its shapes."""
-    lies = {"trunk": param_shardings(policy.config, layout), "score": layout.sharding()}
-    # A copy: the state is donated, and the policy lives on.
-    params = {"trunk": jax.tree.map(jnp.copy, policy.params), "score": jnp.zeros(policy.config.hidden_size)}
-    optimizer = optim.make_optimizer(settings, params)
-    lies = updates.state_shardings(lies, optimizer, params, layout.sharding())
-    state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(params)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
-    return optimizer, state, like
 
 
 def explained(sums: Mapping[str, jax.Array]) -> jax.Array:
@@ -136,8 +101,8 @@ def teach(run: Run, config: Config, policy: Policy, reads: Sequence[Read], targe
     settings = dataclasses.replace(
         optim_config(config), learning_rate=c.learning_rate, schedule="cosine", decay_steps=steps
     )
-    program = head_program(config, policy, layout)
-    optimizer, state, like = with_head(policy, layout, settings)
+    program = scorers.head_program(config, policy, layout)
+    optimizer, state, like = scorers.with_head(policy, layout, settings)
 
     def describe(sums: Mapping[str, jax.Array], learning_rate: float) -> dict[str, float]:
         found = {name: float(hosts.fetch(a)) for name, a in sums.items() if a.ndim == 0}
