@@ -18,19 +18,19 @@ STUDIES: dict[str, dict[str, Any]] = {
     # Both judge the packaged base, whose first sample is seldom right and one of sixteen nearly always.
     "prm": {
         "stages": ("prm",),
-        "rl.updates": 40,
-        "optim.decay_steps": 40,
-        "curate.prompts": 512,
+        "rl.updates": 32,
+        "optim.decay_steps": 32,
+        "curate.prompts": 256,
         "curate.samples": 4,
         "prm.continuations": 4,
-        "value_model.epochs": 3.0,
-        "eval.problems": 128,
+        "value_model.epochs": 2.0,
         "eval.samples": 16,
+        "eval.every": 0,
     },
     "mcts": {
         "stages": ("mcts",),
         "curate.prompts": 512,
-        "curate.samples": 8,
+        "curate.samples": 4,
         "value_model.epochs": 2.0,
         "mcts.segment_tokens": 24,
         "mcts.budgets": (256, 512, 1024),
@@ -51,9 +51,9 @@ def get_config(name: str = "") -> ConfigDict:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"there is no study {name!r}{hint}. configs/studies.py has {', '.join(filter(None, STUDIES))}")
     config = zero.get_config()
-    config.rl.updates = 24
-    config.optim.decay_steps = 24
-    config.eval.update({"problems": 256, "samples": 4})
+    config.rl.updates = 16
+    config.optim.decay_steps = 16
+    config.eval.update({"problems": 128, "samples": 4, "every": -1})
     config.ppo.update({"value_learning_rate": 8e-4, "value_clip": 0.5})  # rewards go from 0 to 2
     config.value_model.update({"learning_rate": 5e-4, "rows": 16})
     config.update_from_flattened_dict(STUDIES[name])

@@ -23,7 +23,7 @@ from r1jax.types import Completion
 
 LAYOUT = one_device()["train"]
 PROGRAM = updates.Program(config=QWEN, layout=LAYOUT)
-READS = [([5, 6, 7], [8, 9, 10, 11]), ([12], [13, 14]), ([5, 6], [20])]
+READS = [([5, 6, 7], [8, 9, 10, 11]), ([12], [13, 14]), ([5, 6, 7], [20])]
 TARGETS = [np.array([0.5, np.nan, 1.0, 0.25]), np.array([np.nan, 0.75]), np.array([0.0])]
 
 

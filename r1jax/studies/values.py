@@ -46,8 +46,11 @@ def rows_of(reads: Sequence[Read], targets: Sequence[np.ndarray], length: int) -
     Raises:
         ValueError: a prompt and completion that are longer than a row (config.rl.row_tokens).
     """
-    completions = [(i, np.array([*ids, 0])) for i, (_, ids) in enumerate(reads)]
-    rows = pack_groups([np.array(prompt) for prompt, _ in reads], completions, length, share_prompt=False)
+    prompts: dict[tuple[int, ...], int] = {}
+    for prompt, _ in reads:
+        prompts.setdefault(tuple(prompt), len(prompts))
+    completions = [(prompts[tuple(prompt)], np.array([*ids, 0])) for prompt, ids in reads]
+    rows = pack_groups([np.array(prompt) for prompt in prompts], completions, length, share_prompt=True)
     # The first position has read the prompt alone, before any token of the completion.
     target = place(rows, [np.array([np.nan, *one], np.float32) for one in targets], fill=np.nan)
     return {
