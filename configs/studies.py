@@ -1,7 +1,9 @@
 """What the R1 report tried and left, small: python -m r1jax.main --config=configs/studies.py:NAME --workdir=DIR
 
-No name is GRPO, the run that PPO is beside: `python -m r1jax.ablate --config=configs/studies.py
---ablations=ppo,ppo_short_sighted --workdir=DIR` runs all three and writes the table.
+NAME is ppo, ppo_short_sighted, prm or mcts. No name is GRPO, the run that PPO is beside: `python -m r1jax.ablate
+--config=configs/studies.py --ablations=ppo,ppo_short_sighted --workdir=DIR` runs all three and writes the table. All
+values are *our choice*, on the packaged base and two CPU cores; how long a study takes and what it shows is *not
+measured yet* (tests/bench/RESULTS.md).
 """
 
 import difflib
