@@ -157,7 +157,8 @@ def test_each_way_to_choose_picks_what_its_name_says():
     # Means 0.5, 0.5, 0.5, 0.4: the first of equals; least 0.1, 0.5, 0.1, 0.2; last 0.1, 0.5, 0.9, 0.2.
     right = {"best by last score", "vote by last score", "any of them"}
     assert found == {name: 0.25 if name == "one at random" else float(name in right) for name in rerank.methods()}
-    assert rerank.methods()["majority"]([made(None, False, 0.1)]) == 0.0
+    nobody = made(None, False, 0.1)
+    assert [rerank.methods()["majority"](found) for found in ([nobody], [nobody, nobody, four[2]])] == [0.0, 1.0]
 
 
 def test_the_table_is_a_mean_over_draws_that_share_nothing():
