@@ -254,17 +254,20 @@ def test_settings_that_cannot_work_are_refused(key, value, said, tmp_path):
         mcts.MctsConfig(branches=1, segment_tokens=1, exploration=1.0, budgets=(3, 2))
 
 
-def test_both_studies_run_and_leave_tables(tmp_path):
+@pytest.mark.parametrize("stage", ["prm", pytest.param("mcts", marks=pytest.mark.slow)])
+def test_a_study_runs_and_leaves_a_table(stage, tmp_path):
     make_policy(tmp_path / "policy")
     few = {"curate__prompts": 4, "curate__samples": 2, "prm__continuations": 2, "mcts__budgets": (20, 40)}
     few |= {"value_model__rows": 4, "value_model__epochs": 1.0, "mcts__segment_tokens": 6, "eval__every": -1}
-    config = make_config(tmp_path / "policy", stages=("prm", "mcts"), rl__updates=2, grpo__kl_coef=0.0, **few)
+    config = make_config(tmp_path / "policy", stages=(stage,), rl__updates=2, grpo__kl_coef=0.0, **few)
     execute(config, tmp_path / "run")
-    chosen = json.loads((tmp_path / "run" / "prm.json").read_text())
-    assert chosen["sizes"] == [1, 2, 4] and set(chosen["chosen"]) == set(rerank.methods())
-    (rollout,) = chosen["optimised"]
-    assert 0 < rollout["score"] < 1 and rollout["step"] == 0
-    searched = json.loads((tmp_path / "run" / "mcts.json").read_text())
-    assert searched["found"]["tokens drawn"][0] >= 20 and searched["found"]["tokens drawn"][1] >= 40
-    assert "search, any of them" in (tmp_path / "run" / "mcts.txt").read_text()
-    assert (tmp_path / "run" / "models" / "prm").exists()
+    found, text = ((tmp_path / "run" / f"{stage}.{kind}").read_text() for kind in ("json", "txt"))
+    found = json.loads(found)
+    if stage == "prm":
+        assert found["sizes"] == [1, 2, 4] and set(found["chosen"]) == set(rerank.methods())
+        (rollout,) = found["optimised"]
+        assert 0 < rollout["score"] < 1 and rollout["step"] == 0 and "GRPO with the least score" in text
+        assert (tmp_path / "run" / "models" / "prm").exists()
+    else:
+        assert found["found"]["tokens drawn"][0] >= 20 and found["found"]["tokens drawn"][1] >= 40
+        assert "search, any of them" in text
