@@ -183,6 +183,29 @@ def get_config() -> ConfigDict:
                 "alarm_drop": 0.05,  # fall of held-out accuracy, while the score rises, that counts as reward hacking
                 "alarm_action": "stop_preference",  # then: warn, stop_preference, stop_run
             },
+            # What the report tried and left: r1jax/studies, configs/studies.py.
+            "ppo": {
+                "gae_lambda": 1.0,  # weight of what came against the value model's estimate; 1: what came alone
+                "discount": 1.0,  # of what is a token further
+                "value_clip": 0.2,  # how far a value may move in an update; published for rewards of -1 to 1
+                "value_learning_rate": 1e-5,
+                "whiten": True,  # advantages to mean 0 and deviation 1 over the tokens of a minibatch
+            },
+            "value_model": {  # value models that are taught from samples (prm, mcts)
+                "epochs": 1.0,
+                "learning_rate": 1e-5,
+                "rows": 64,  # packed rows of config.rl.row_tokens per step
+            },
+            "prm": {
+                "continuations": 8,  # of the policy after each step, whose share of right ends is the step's label
+                "together": "least",  # scores of steps to one reward: mean, least, last
+            },
+            "mcts": {
+                "branches": 4,  # continuations drawn of a node
+                "segment_tokens": 64,  # of a continuation at most, if its step does not end before
+                "exploration": 1.0,  # weight of the prior in PUCT
+                "budgets": (1024, 4096, 16_384),  # tokens drawn for a problem, at which the search is looked at
+            },
             "checkpoint": {
                 "save_every": 20,  # optimizer steps; RL saves at the end of a rollout
                 "keep": 2,  # newest checkpoints

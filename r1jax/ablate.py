@@ -32,6 +32,8 @@ MEASURES = (
     ("mean_completion_tokens", "tokens", "{:.1f}"),
     ("reflective_per_completion", "reflective", "{:.2f}"),
     ("truncated_share", "cut off", "{:.1%}"),
+    ("update_s", "s/update", "{:.1f}"),
+    ("peak_rss_gb", "peak GB", "{:.2f}"),
     ("minutes", "minutes", "{:.1f}"),
 )
 
@@ -73,7 +75,7 @@ def is_finished(folder: pathlib.Path, words: Sequence[str]) -> bool:
 
 
 def measured(folder: pathlib.Path) -> Record:
-    """The last evaluation of a finished run, and its minutes.
+    """The last evaluation of a finished run, its minutes, its peak memory and the seconds of an update.
 
     Raises:
         ValueError: it was not evaluated.
@@ -81,7 +83,21 @@ def measured(folder: pathlib.Path) -> Record:
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     if not summary["evals"]:
         raise ValueError(f"the run in {folder} was not evaluated: set config.eval.problems above 0")
-    return {**summary["evals"][-1], "minutes": summary["wall_s"] / 60}
+    spent = {"minutes": summary["wall_s"] / 60, "peak_rss_gb": summary["peak_rss_gb"], "update_s": update_s(folder)}
+    return {**summary["evals"][-1], **spent}
+
+
+def update_s(folder: pathlib.Path) -> float | None:
+    """Seconds of an update with its share of the rollout: the median over rollouts; None where nothing was logged."""
+    path = folder / "metrics.jsonl"
+    records = map(json.loads, path.read_text("utf-8").splitlines()) if path.exists() else ()
+    rollouts: list[list[float]] = []
+    for record in records:
+        if "time/rollout_s" in record:
+            rollouts.append([])
+        if rollouts:
+            rollouts[-1].append(sum(value for name, value in record.items() if name.startswith("time/")))
+    return statistics.median(map(statistics.fmean, rollouts)) if rollouts else None
 
 
 def spread(values: Sequence[float]) -> Record:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import evaluate, flops, grpo, hosts, metrics, minibatches, optim
+from r1jax import evaluate, flops, grpo, hosts, metrics, minibatches, optim, updates
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import Mixture, PromptStream
 from r1jax.rollout import Group, Interrupted, as_array, majority_is_right, records
@@ -92,13 +92,22 @@ Evaluation = Callable[[Params, int], None]  # params in the decode layout, step
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """What the loop calls; made once by the stage."""
+    """What the loop calls; made once by the stage.
+
+    Attributes:
+        start: the state before the first step and its shapes, as run.training_state.
+        advantages: graded groups to what is trained on, as minibatches.with_advantages.
+        prepare: what has to be added to a minibatch before the first update of its rollout, if anything.
+    """
 
     sample: Sampling
     evaluate: Evaluation
     update: Callable
     score: Callable
     to_decode: Callable[[Params], Params]
+    start: Callable = training_state
+    advantages: Callable = minibatches.with_advantages
+    prepare: Callable[[updates.State, updates.Batch, int], updates.Batch] | None = None
 
 
 def rollout_metrics(groups: list[Group], drawn: int, limit: int, seconds: float) -> dict[str, float]:
@@ -142,6 +151,8 @@ def update_metrics(sums: dict[str, Any], learning_rate: float) -> dict[str, floa
         "grad/skipped": float(sums["optim/skipped"]),
         "optim/lr": learning_rate,
     }
+    if "value_loss" in sums:
+        out |= {"loss/value": float(sums["value_loss"]), "value/explained_share": float(sums["value_explained"])}
     if "load" in sums:
         out["expert/load_max"] = float((sums["load"].max(-1) / np.maximum(sums["load"].mean(-1), 1e-9)).max())
     return out
@@ -163,7 +174,7 @@ def rl_loop(
 ) -> Params:
     """Runs all rollouts of a stage from where its checkpoints stand, and returns the policy."""
     layout = run.layouts["train"]
-    state, like = training_state(policy, layout, optimizer)
+    state, like = moves.start(policy, layout, optimizer)
     at, reference = Position(), policy.params if objective.kl_coef else None
     # Donated arrays must not be shared with the reference.
     reference = None if reference is None else jax.tree.map(jnp.copy, reference)
@@ -201,7 +212,7 @@ def rl_loop(
             seconds = clock.take()
             scalars = rollout_metrics(groups, drawn, limit, seconds["time/rollout_s"]) | seconds
             with clock("advantages"):
-                items = minibatches.with_advantages(groups, objective, limit)
+                items = moves.advantages(groups, objective, limit)
                 parts = minibatches.split(
                     [i for group in items for i in group], settings.minibatches, (run.seed, at.rollout)
                 )
@@ -231,6 +242,9 @@ def rl_loop(
                 else:
                     # The first minibatch is on-policy by construction; the array is there for the program's sake.
                     batch["old_logp"] = jnp.zeros_like(batch["sampler_logp"], device=batch["sampler_logp"].sharding)
+                if moves.prepare is not None:
+                    with clock("values"):
+                        batch = moves.prepare(state, batch, n)
                 batches.append((batch, n))
             for j, (batch, n) in enumerate(batches):
                 with clock("update"):

@@ -23,7 +23,7 @@ from r1jax import hosts
 NAMES = {
     "loss/mean": "the loss that was minimised",
     "loss/policy": "its policy-gradient part",
-    "loss/<part>": "another part: next_token, mtp, kl",
+    "loss/<part>": "another part: next_token, mtp, kl, value",
     "accuracy/<part>": "share of predictions that are right: next_token, mtp, preference",
     "reward/mean": "weighted sum of the rewards, mean over completions",
     "reward/std": "its standard deviation over completions",
@@ -54,6 +54,7 @@ NAMES = {
     "grad/norm": "global norm of the gradient before clipping",
     "grad/skipped": "steps skipped so far because something was not finite",
     "param/norm": "global norm of the policy",
+    "value/explained_share": "share of the returns' variance that a value model explains; 0 for their mean",
     "optim/lr": "learning rate of this step",
     "expert/load_max": "tokens of the busiest expert over the mean, largest over layers",
     "expert/bias_max": "largest absolute router bias",

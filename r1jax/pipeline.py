@@ -23,11 +23,14 @@ from r1jax.model import convert, lora
 from r1jax.model.config import ModelConfig
 from r1jax.run import Policy, Run
 
-# The pages of r1jax.stages, imported when they run. A stage of a run is one of these, or an entry of config.pipeline
-# that names its page: the same page can be gone through several times with other settings.
+# The pages of r1jax.studies, what the report tried and left.
+STUDIES = ("ppo", "prm", "mcts")
+
+# The pages of r1jax.stages and the studies, imported when they run. A stage of a run is one of these, or an entry of
+# config.pipeline that names its page: the same page can be gone through several times with other settings.
 PAGES = (
     *("pretrain", "sft", "cold_start", "reasoning_rl", "rejection_sft", "reward_models", "all_scenario_rl"),
-    *("distill", "evaluate"),
+    *("distill", "evaluate", *STUDIES),
 )
 
 # Stages that start from nothing rather than from the policy at config.model.path.
@@ -143,7 +146,8 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
 
 def page_module(config: ConfigDict, name: str) -> types.ModuleType:
     """The module with the page of a stage."""
-    return importlib.import_module(f"r1jax.stages.{page_of(config, name)}")
+    page = page_of(config, name)
+    return importlib.import_module(f"r1jax.{'studies' if page in STUDIES else 'stages'}.{page}")
 
 
 def check_pages(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -38,7 +38,7 @@ class General:
         check: called after each evaluation.
     """
 
-    mix: Callable[[data.PromptStream], data.Mixture]
+    mix: Callable[[data.PromptStream], data.Mixture | data.PromptStream]
     judge: Callable[[list[Group]], list[Group]]
     check: Callable[[], None]
 
@@ -97,8 +97,18 @@ def programs(config: Config, policy: Policy, layouts: dict[str, sharding.Layout]
     )
 
 
-def reinforce(run: Run, config: Config, policy: Policy, general: General | None = None) -> Policy:
-    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html."""
+def reinforce(
+    run: Run,
+    config: Config,
+    policy: Policy,
+    general: General | None = None,
+    adapt: Callable[[Programs, loops.Moves], loops.Moves] = lambda made, moves: moves,
+) -> Policy:
+    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html.
+
+    Args:
+        adapt: puts other moves in place of GRPO's.
+    """
     made, prompts = programs(config, policy, run.layouts), config["data"]
     settings, verbs = made.settings, made.verbs
     key, max_prompt_tokens = jax.random.key(run.seed), prompts["max_prompt_tokens"]
@@ -127,7 +137,7 @@ def reinforce(run: Run, config: Config, policy: Policy, general: General | None 
             if general:
                 general.check()
 
-        moves = loops.Moves(sample, evaluate, made.update, made.score, made.to_decode)
+        moves = adapt(made, loops.Moves(sample, evaluate, made.update, made.score, made.to_decode))
         params = loops.rl_loop(
             run, policy, stream, moves, settings, made.objective, made.optimizing, made.optimizer, made.shape,
             open_checkpoints(run, config["checkpoint"]), dict(config["log"]), config["eval"]["every"],

@@ -24,6 +24,7 @@ def sample(
     rollout_key: jax.Array,
     max_completion_tokens: int,
     is_stopped: Callable[[list[int]], int | None] = lambda tokens: None,
+    prompt_tokens: int = 0,
 ) -> Iterator[Completion]:
     """Samples all requests and yields completions as they finish.
 
@@ -32,8 +33,10 @@ def sample(
         requests: those of one prompt stand side by side, so that its prefix is computed once.
         rollout_key: of this run and rollout.
         is_stopped: given a completion's tokens, how many of them to keep if a stop text has come up, else None.
+        prompt_tokens: what prompts are padded to if none is longer; a call with prompts of another length is another
+            program.
     """
-    return _Loop(verbs, params, requests, rollout_key, max_completion_tokens, is_stopped).run()
+    return _Loop(verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens).run()
 
 
 def buckets(smallest: int, longest: int) -> list[int]:
@@ -55,11 +58,12 @@ class _Loop:
         rollout_key: jax.Array,
         max_completion_tokens: int,
         is_stopped: Callable[[list[int]], int | None],
+        prompt_tokens: int,
     ) -> None:
         config = verbs.config
         self.verbs, self.params, self.key, self.is_stopped = verbs, params, rollout_key, is_stopped
         self.limit, self.pending = max_completion_tokens, list(reversed(requests))
-        longest = max(len(r.tokens) for r in requests)
+        longest = max(prompt_tokens, *(len(r.tokens) for r in requests))
         # Prompts are padded to one length per call: each other length would be another program.
         self.prompt_length = -(-longest // 16) * 16
         self.lengths = buckets(max(config.cache_bucket, self.prompt_length + 16), longest + max_completion_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import safetensors.numpy
 
 from r1jax import hosts, next_token, optim, preference, sharding, updates
@@ -50,6 +51,33 @@ def describe(sums: Mapping[str, jax.Array], learning_rate: float) -> dict[str, f
     }
 
 
+def head_program(config: Config, policy: Policy, layout: sharding.Layout) -> updates.Program:
+    """What the programs of a model with a scalar head share; all of its weights are trained.
+
+    Raises:
+        ValueError: the policy has adapters.
+    """
+    if policy.lora is not None:
+        raise ValueError(
+            f"config.lora.rank is {policy.lora.rank}: a model with a scalar head needs all weights, set it to 0"
+        )
+    return dataclasses.replace(training_program(config, policy, layout), router_bias_rate=0.0)
+
+
+def with_head(
+    policy: Policy, layout: sharding.Layout, settings: optim.OptimConfig
+) -> tuple[optax.GradientTransformation, updates.State, updates.State]:
+    """The optimizer and state before the first step of the policy's weights with a head of zeros, and its shapes."""
+    lies = {"trunk": param_shardings(policy.config, layout), "score": layout.sharding()}
+    # A copy: the state is donated, and the policy lives on.
+    params = {"trunk": jax.tree.map(jnp.copy, policy.params), "score": jnp.zeros(policy.config.hidden_size)}
+    optimizer = optim.make_optimizer(settings, params)
+    lies = updates.state_shardings(lies, optimizer, params, layout.sharding())
+    state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(params)
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
+    return optimizer, state, like
+
+
 def batches(rows: Mapping[str, np.ndarray], size: int, layout: sharding.Layout) -> updates.Batch:
     """Rows [N, T] as a minibatch [M, size, T] on the mesh, filled up with empty rows."""
     n = len(rows["tokens"])
@@ -73,17 +101,12 @@ def train(
         loss: of updates.REWARD_LOSSES; for "pairwise" arrays are [N, 2, T], chosen first, else [N, 1, T].
     """
     c, layout = config["preference"], run.layouts["train"]
-    program = dataclasses.replace(training_program(config, policy, layout), router_bias_rate=0.0)
-    lies = {"trunk": param_shardings(policy.config, layout), "score": layout.sharding()}
-    params = {"trunk": policy.params, "score": jnp.zeros(policy.config.hidden_size)}
+    program = head_program(config, policy, layout)
     per_item = rows["tokens"].shape[1]
     items = c["rows"] // per_item
     steps = max(1, round(c["epochs"] * len(rows["tokens"]) / items))
     settings = optim_config(config, steps)
-    optimizer = optim.make_optimizer(settings, params)
-    lies = updates.state_shardings(lies, optimizer, params, layout.sharding())
-    state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(params)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
+    optimizer, state, like = with_head(policy, layout, settings)
     score = updates.make_reward_score(program)
     flat = {name: a.reshape(-1, a.shape[-1]) for name, a in valid.items()}
     held_out = batches(flat, c["rows"], layout)

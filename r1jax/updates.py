@@ -1,4 +1,5 @@
-"""The jitted steps: scoring of given tokens, the GRPO update, the next-token update (pretraining and SFT).
+"""The jitted steps: scoring of given tokens, the GRPO update, the next-token update (pretraining and SFT), and those
+of models with a scalar head (reward and value models).
 
 A minibatch is a tree of arrays [M, B, T]: microbatches of B packed rows, the first n of which hold anything. Their
 gradients add up exactly to those of the whole; n is not static, so that minibatches of any size run one program.
@@ -260,10 +261,16 @@ def make_sft_update(
     return update
 
 
+def _scores(program: Program, params: Params, micro: Batch) -> Array:
+    """The scalar head's value at every position [B, T]; a head's trunk chooses its experts itself."""
+    own = {name: a for name, a in micro.items() if name != "replay"}
+    x = _run(program, cast(params["trunk"], program.compute_dtype), own).x
+    return jnp.einsum("btd,d->bt", x.astype(jnp.float32), params["score"])
+
+
 def _last_scores(program: Program, params: Params, micro: Batch) -> tuple[Array, Array]:
     """The scalar head's value at the marked position of each row [B], and which rows have one."""
-    x = _run(program, cast(params["trunk"], program.compute_dtype), micro).x
-    scores = jnp.einsum("btd,d->bt", x.astype(jnp.float32), params["score"])
+    scores = _scores(program, params, micro)
     return jnp.where(micro["is_last"], scores, 0.0).sum(1), micro["is_last"].any(1)
 
 
@@ -322,3 +329,55 @@ def make_reward_score(program: Program) -> Callable[[Params, Batch], Array]:
             return jax.lax.map(lambda micro: _last_scores(program, params, micro)[0], _rows(program.layout, batch))
 
     return score
+
+
+def make_value_update(
+    program: Program, optimizer: optax.GradientTransformation, loss: Callable[[Array, Batch], Array]
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """One step of a model that values positions: {"trunk": the policy's parameters, "score": its scalar head [D]}.
+
+    A minibatch has the arrays of packing.py, is_valued and target [M, B, T], and what `loss` reads. Sums returned over
+    valued positions: tokens, target, target_squared, error_squared (of the head's value itself).
+
+    Args:
+        loss: of values [B, T] and the microbatch, one term for each position.
+    """
+
+    def gradient(params: Params, micro: Batch, total: Array) -> tuple[tuple[Array, dict], Params]:
+        def loss_of(params: Params) -> tuple[Array, dict]:
+            counted = micro["is_valued"]
+            values, target = _scores(program, params, micro), jnp.where(counted, micro["target"], 0.0)
+            sums = {
+                "tokens": counted,
+                "target": target,
+                "target_squared": target**2,
+                "error_squared": (jax.lax.stop_gradient(values) - target) ** 2,
+            }
+            record = {name: jnp.where(counted, a, 0.0).sum(dtype=jnp.float32) for name, a in sums.items()}
+            return jnp.where(counted, loss(values, micro), 0.0).sum() / total, record
+
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: State, batch: Batch, n: Array) -> tuple[State, dict[str, Array]]:
+        with sharding.use(program.layout):
+            total = jnp.maximum(batch["is_valued"].sum(dtype=jnp.float32), 1.0)
+            return _step(program, optimizer, partial(gradient, total=total), state, batch, n)
+
+    return update
+
+
+def make_values(program: Program) -> Callable[[Params, Batch, Array], Array]:
+    """The head's value at every position [M, B, T]; zeros past the first `n` microbatches."""
+
+    @partial(jax.jit, out_shardings=program.layout.sharding(None, "rows", "tokens"))
+    def values(params: Params, batch: Batch, n: Array) -> Array:
+        with sharding.use(program.layout):
+            batch = _rows(program.layout, batch)
+
+            def one(i: Array, out: Array) -> Array:
+                return out.at[i].set(_scores(program, params, jax.tree.map(lambda a: a[i], batch)))
+
+            return jax.lax.fori_loop(0, n, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+    return values

@@ -36,6 +36,18 @@ def test_rows_have_mean_and_spread_over_seeds_and_the_paired_difference_to_base(
     assert "65.0% ± 7.1%" in lines[2] and "+5.0% ± 7.1%" in lines[2] and "-30.0%" in lines[3]
 
 
+def test_an_update_takes_its_share_of_the_rollout(tmp_path):
+    assert ablate.update_s(tmp_path) is None
+    rollouts = [(60.0, 1.0, 1.0), (4.0, 2.0, 2.0), (6.0, 2.0, 1.0)]  # the first one compiles
+    rows = [
+        {"stage": "ppo", "time/update_s": seconds, **({"time/rollout_s": rollout} if i == 0 else {}), "loss/mean": 9.0}
+        for rollout, *updates in rollouts
+        for i, seconds in enumerate(updates)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ablate.update_s(tmp_path) == (6.0 + 2.0 + 1.0) / 2
+
+
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Runs that leave a summary at once; `codes` holds how each is to end."""
@@ -47,7 +59,9 @@ def fake(monkeypatch, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").write_text(f"r1jax: {name} is over\n")
         if not (code := codes.get(folder.parent.name, 0)):
-            (folder / "summary.json").write_text(json.dumps({"wall_s": 60.0, "evals": [{}, evaluated(0.5)]}))
+            (folder / "summary.json").write_text(
+                json.dumps({"wall_s": 60.0, "peak_rss_gb": 2.0, "evals": [{}, evaluated(0.5)]})
+            )
             (folder / "finished.json").write_text(json.dumps(words[1:]))
         return code
 

@@ -145,6 +145,18 @@ def test_each_request_ends_at_its_own_limit(few: tuple[Verbs, dict], params: Par
         assert found[r.prompt, r.member].stop == ("stop" if ended else "length")
 
 
+def test_prompts_padded_alike_share_their_program_and_give_the_same_tokens(
+    few: tuple[Verbs, dict], params: Params
+) -> None:
+    made, base = few
+    before = made.prefill._cache_size()
+    short = [r for r in REQUESTS if len(r.tokens) < 8]
+    for requests, length in ((REQUESTS, 17), (short, 32), (short, 20)):
+        for name, completion in run(made, params, requests, prompt_tokens=length).items():
+            same(completion, base[name])
+    assert made.prefill._cache_size() == before + 1
+
+
 class Letters:
     """A tokenizer whose tokens are single letters and digits."""
 

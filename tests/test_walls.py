@@ -21,6 +21,7 @@ ORDER = [
     "export",
     "pipeline",
     "stages",
+    "studies",
     "reinforce",
     "scorers",
     "fine_tune",
