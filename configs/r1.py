@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.stages = ("zero", "dev1", "dev2", "dev3", "reward_models", "r1")
-    zero, dev2, r1 = reinforcement(56, 8e-4), reinforcement(36, 6e-4), reinforcement(64, 6e-4)
+    zero, dev2, r1 = reinforcement(56, 8e-4), reinforcement(36, 6e-4), reinforcement(64, 3.5e-4)
     zero["eval"] = {"every": 0}  # the base's row of the table
     config.pipeline = ConfigDict(
         {
