@@ -71,6 +71,23 @@ def test_files_of_the_shared_data_load_as_they_are(name: str) -> None:
     assert len(examples) == len({example["id"] for example in examples}) == n
     check_examples(examples[:100], ["accuracy"])
     assert all(example["asked"] in example["question"] for example in examples)
+    if examples[0]["grader"] == "math":
+        said = (f"<think>so</think>\\boxed{{{example['answer']}}}" for example in examples)
+        assert all(GRADERS["math"].grade(text, example) for text, example in zip(said, examples, strict=True))
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_reference_programs_pass_as_completions(name: str) -> None:
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    solutions = {}
+    for line in path.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        solutions[str(record["id"])] = (record["prompt"] if name == "humaneval" else "") + record["solution"]
+    for example in benchmarks.read(benchmarks.parse(f"{name}={path}"))[:20]:
+        program = solutions[example["id"].split("/", 1)[1]]
+        assert GRADERS["code"].grade(f"<think>so</think>```python\n{program}\n```", example), example["id"]
 
 
 @pytest.mark.parametrize(("name", "record", "gold", "right", "wrong"), LAYOUTS)
