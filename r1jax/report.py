@@ -29,6 +29,9 @@ REPORTED = (
 )
 # field of an evaluation -> heading, unit
 EVAL_COLUMNS = {
+    "benchmark": ("benchmark", ""),
+    "score": ("score", "share"),
+    "metric": ("by", ""),
     "stage": ("stage", ""),
     "step": ("step", ""),
     "n_problems": ("problems", ""),
@@ -64,11 +67,11 @@ def render(run: RunFolder) -> str:
     return string.Template((assets / "page.html").read_text("utf-8")).substitute(
         policy=f"script-src 'sha256-{_sha256(script)}' 'sha256-{library_hash}'",
         title=html.escape(run.name),
-        headline=headline(run.evals),
+        headline=headline(run.evals, run.benchmarks),
         tiles=_tiles(run),
         notes="".join(f"<li>{html.escape(note)}</li>" for note in run.notes),
         curves=_curves(run, charts),
-        evals=_eval_table([_with_cost(run, evaluation) for evaluation in run.evals]),
+        evals=_eval_table([_with_cost(run, one) for one in run.evals + run.benchmarks]),
         config=html.escape(json.dumps(run.config, indent=2, sort_keys=True)) if run.config else "",
         style=(assets / "page.css").read_text("utf-8"),
         charts=island(charts),
@@ -112,9 +115,13 @@ def _arrow(values: list[float], unit: str = "") -> str:
     return " → ".join(f"<b>{readable(value, unit)}</b>" for value in values)
 
 
-def headline(evals: list[Record]) -> str:
+def headline(evals: list[Record], benchmarks: list[Record]) -> str:
     """The run's result in one line, what it was measured on, and what the report says of R1-Zero, as HTML."""
     passed, agreed = (_first_and_last(evals, field) for field in ("pass_at_1", "cons_at_k"))
+    if not passed and benchmarks:
+        scores = ((html.escape(str(one["benchmark"])), _first_and_last([one], "score")) for one in benchmarks)
+        line = " ".join(f"<span><small>{name}</small> {_arrow(score, 'share')}</span>" for name, score in scores)
+        return f"<h1>{line}</h1>"
     if not passed:
         return f'<h1>No evaluation yet</h1><p class="reported">{REPORTED}</p>'
     last = next(e for e in reversed(evals) if number(e.get("pass_at_1")) is not None)

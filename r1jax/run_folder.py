@@ -39,7 +39,16 @@ class RunFolder:
 
     @property
     def evals(self) -> list[Record]:
-        """The evaluations in the order they were made, the base's first."""
+        """The evaluations on held-out problems in the order they were made, the base's first."""
+        return [e for e in self._evals if "benchmark" not in e]
+
+    @property
+    def benchmarks(self) -> list[Record]:
+        """Those on benchmarks: their numbers are no curve of one thing."""
+        return [e for e in self._evals if "benchmark" in e]
+
+    @property
+    def _evals(self) -> list[Record]:
         evals = self.summary.get("evals")
         return [e for e in evals if isinstance(e, dict)] if isinstance(evals, list) else []
 

@@ -312,6 +312,18 @@ def test_an_evaluation_shows_what_its_stage_had_cost_by_then(broken: pathlib.Pat
     assert "10¹² operations" in table and [cost in table for cost in ("6.4", "12.8", "19.2")] == [True] * 3
 
 
+def test_benchmarks_stand_by_their_own_names_and_in_no_curve(broken: pathlib.Path) -> None:
+    names = {"math500": 0.875, "aime24": 0.25}
+    records = [{"stage": "evaluate", "step": 0, "pass_at_1": p, "score": p, "benchmark": n} for n, p in names.items()]
+    summary = json.loads((broken / "summary.json").read_text())
+    (broken / "summary.json").write_text(json.dumps({"evals": summary["evals"] + records}))
+    last = f"{pass_rate(96):.1%}"
+    assert last in report.headline(run_folder.read_run(broken).evals, records)
+    (broken / "summary.json").write_text(json.dumps({"evals": records}))
+    page = report.render(run_folder.read_run(broken))
+    assert "<small>math500</small> <b>87.5%</b>" in page and "<small>aime24</small> <b>25.0%</b>" in page
+
+
 @pytest.mark.parametrize("limit", [{"max_completions": 40}, {"max_bytes": 30_000}])
 def test_a_sample_holds_whole_groups_over_all_steps_and_says_so(run: pathlib.Path, limit: dict) -> None:
     notes: list[str] = []
