@@ -13,7 +13,7 @@ from tiny import QWEN, jit, one_device, random_params
 from tiny_run import execute, make_config, make_policy
 
 from configs import studies
-from r1jax import run, updates
+from r1jax import updates
 from r1jax.corpus import MIXTURES
 from r1jax.model import transformer
 from r1jax.rewards.pool import Graded
@@ -249,7 +249,7 @@ def test_configs_are_found_by_name_and_misspelt_ones_told():
 )
 def test_settings_that_cannot_work_are_refused(key, value, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        prm.stage(run.Run(tmp_path, 0, {}, None, None), make_config(tmp_path, **{key: value}), None)
+        prm.check(make_config(tmp_path, **{key: value}), tmp_path)
     with pytest.raises(ValueError, match=r"config\.mcts\.budgets is \(3, 2\)"):
         mcts.MctsConfig(branches=1, segment_tokens=1, exploration=1.0, budgets=(3, 2))
 

@@ -7,6 +7,7 @@ its score should rise while the accuracy, which nothing rewards, does not.
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ NAME = "process"  # of the model's score among the rewards
 SIZES = (1, 2, 4, 8, 16)
 
 
-def check(config: Config) -> None:
-    """Raises ValueError for settings that the study cannot work with."""
+def check(config: Config, _: pathlib.Path) -> None:
+    """Raises ValueError for settings that the study cannot work with; the pipeline asks before the first stage."""
     c = config["prm"]
     if c["together"] not in rerank.TOGETHER:
         raise ValueError(f"config.prm.together is {c['together']!r}, wanted one of {', '.join(rerank.TOGETHER)}")
@@ -144,7 +145,6 @@ def stage(run: Run, config: Config, policy: Policy) -> Policy:
 
     Leaves WORKDIR/STAGE.txt and STAGE.json.
     """
-    check(config)
     c = config["prm"]
     rows = gather(run, config, policy)
     n_valid = max(1, len(rows) // 8)
