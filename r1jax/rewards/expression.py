@@ -210,7 +210,9 @@ class _Parser:
         return OF_LISTS[name](values)
 
     def number(self) -> Value:
-        value = Fraction(self.tokens[self.at])
+        if self.next() == ".":  # what \log_2. leaves of its number
+            raise Unreadable
+        value = Fraction(self.next())
         self.at += 1
         # 7\frac{3}{4} is a mixed number if what it shows are three integers.
         following = "".join(self.tokens[self.at : self.at + 7])
