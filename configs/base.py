@@ -5,6 +5,17 @@ Published values of DeepSeek-R1-Zero (arXiv 2501.12948) are marked *reported*, t
 
 from ml_collections import ConfigDict
 
+# What the embedded runs on two cores share of config.rl, our choice.
+EMBEDDED_RL = {
+    "prompts_per_update": 8,
+    "minibatches": 4,
+    "max_completion_tokens": 288,
+    "length_schedule": (),
+    "row_tokens": 320,
+    "microbatch_rows": 16,
+    "old_logp": "sampler",
+}
+
 
 def get_config() -> ConfigDict:
     """The defaults of every run."""

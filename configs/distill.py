@@ -47,18 +47,7 @@ def embedded() -> ConfigDict:
     config.data.update({"source": "countdown_bilingual", "max_prompt_tokens": 32})
     # Watched and not rewarded: the language of the thought, and what letters are worth.
     config.rewards = ConfigDict({"accuracy": 1.0, "format": 1.0, "language": 0.0, "worth": 0.0})
-    config.rl.update(
-        {
-            "updates": 64,
-            "prompts_per_update": 8,
-            "minibatches": 4,
-            "max_completion_tokens": 288,
-            "length_schedule": (),
-            "row_tokens": 320,
-            "microbatch_rows": 16,
-            "old_logp": "sampler",
-        }
-    )
+    config.rl.update({**base.EMBEDDED_RL, "updates": 64})
     config.eval.update({"problems": 256, "samples": 16, "general": "letters", "baseline": "rl_alone"})
     config.sft.update({"data": "runs/r1/data/dev3.jsonl", "epochs": 3.0, "rows": 16, "row_tokens": 320})
     config.optim.update({"learning_rate": 1e-3, "schedule": "cosine"})

@@ -34,17 +34,7 @@ def get_config() -> ConfigDict:
     config.model.update({"path": "packaged:bilingual", "scan_unroll": 3})
     config.data.update({"source": "countdown_bilingual", "max_prompt_tokens": 32})
     config.rewards = ConfigDict(WATCHED)
-    config.rl.update(
-        {
-            "prompts_per_update": 8,
-            "minibatches": 4,
-            "max_completion_tokens": 288,
-            "length_schedule": (),
-            "row_tokens": 320,
-            "microbatch_rows": 16,
-            "old_logp": "sampler",
-        }
-    )
+    config.rl.update(base.EMBEDDED_RL)
     config.eval.update({"problems": 256, "samples": 16, "general": "letters", "baseline": "dev3"})
     config.sft.update({"rows": 16, "row_tokens": 320, "microbatch_rows": 16})
     config.optim.update({"learning_rate": 1e-3, "schedule": "cosine"})

@@ -21,18 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.cpu_devices = 2
     config.mesh.update({"data": -1, "fsdp": 1})
     config.model.scan_unroll = 3
-    config.rl.update(
-        {
-            "updates": 76,
-            "prompts_per_update": 8,
-            "minibatches": 4,
-            "max_completion_tokens": 288,
-            "length_schedule": (),
-            "row_tokens": 320,
-            "microbatch_rows": 16,
-            "old_logp": "sampler",
-        }
-    )
+    config.rl.update({**base.EMBEDDED_RL, "updates": 76})
     config.data.max_prompt_tokens = 32
     config.optim.update({"learning_rate": 8e-4, "schedule": "cosine", "decay_steps": 76})
     config.log.rollout_groups = 8
