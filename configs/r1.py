@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             "rows": 64,
             "epochs": 2.0,
             "valid_every": 100,
-            "safety_responses": 2000,
+            "safety_responses": 4000,
             "from_update": 8,
             "share": 0.6,
             "weight": 1.0,
