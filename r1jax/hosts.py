@@ -52,6 +52,9 @@ def initialize(cpu_devices: int = 1) -> None:
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if not _has_accelerator() and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+        # For CPU code LLVM's second and third level take longer and gain nothing (tests/bench/RESULTS.md, start-up).
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     waits = {"initialization_timeout": START_S, "heartbeat_timeout_seconds": HEARTBEAT_S}
@@ -71,10 +74,19 @@ def _number(variable: str) -> int | None:
     return None if value is None else int(value)
 
 
+TPU_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
+GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd")
+
+
 def _has_tpu_chips() -> bool:
-    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    chips = any(glob.glob(pattern) for pattern in TPU_CHIPS)
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
-    return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    return chips and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def _has_accelerator() -> bool:
+    chips = any(glob.glob(pattern) for pattern in TPU_CHIPS + GPUS)
+    return chips and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
 @contextlib.contextmanager

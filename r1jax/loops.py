@@ -7,6 +7,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -97,6 +98,7 @@ class Moves:
     Attributes:
         start: the state before the first step and its shapes, as run.training_state.
         advantages: graded groups to what is trained on, as minibatches.with_advantages.
+        compile: compiles what follows the first rollout, given the state's shapes; called from a thread meanwhile.
         prepare: what has to be added to a minibatch before the first update of its rollout, if anything.
     """
 
@@ -108,6 +110,7 @@ class Moves:
     start: Callable = training_state
     advantages: Callable = minibatches.with_advantages
     prepare: Callable[[updates.State, updates.Batch, int], updates.Batch] | None = None
+    compile: Callable[[updates.State], None] | None = None
 
 
 def rollout_metrics(groups: list[Group], drawn: int, limit: int, seconds: float) -> dict[str, float]:
@@ -193,6 +196,10 @@ def rl_loop(
         saved.save(at.step, tree, dataclasses.asdict(at))
         run.summary.write()
 
+    compiler, compiling = futures.ThreadPoolExecutor(1, "compile"), None
+    if moves.compile is not None and at.step < settings.updates:
+        compiling = compiler.submit(moves.compile, like)
+
     def is_evaluated(step: int) -> bool:
         passed = eval_every > 0 and step // eval_every > (step - settings.minibatches) // eval_every
         return (step == 0 and eval_every >= 0) or step >= settings.updates or passed
@@ -220,6 +227,10 @@ def rl_loop(
             trained = (item for group in items for item in group)
             rows = ({**row, "advantage": item.advantage} for row, item in zip(rows, trained, strict=False))
             metrics.write_rollout(run.workdir, run.stage, at.rollout, rows)
+            if compiling is not None:
+                with clock("compile"):
+                    compiling.result()
+                compiling = None
             batches = []
             lengths = [(len(g[0].prompt_tokens), [len(s.completion.tokens) for s in g]) for g in groups]
             work = [0.0] * len(parts)
@@ -230,15 +241,16 @@ def rl_loop(
                     scored = (reference is not None) + (settings.old_logp == "policy" and j > 0)
                     once = flops.packed(policy.config, arrays["positions"], arrays["segments"] > 0)
                     work[j] += (flops.BACKWARD + scored) * once.sum()
-                    batch = put_rows(arrays, layout)
+                    unscored = put_rows(arrays, layout)
+                batch = dict(unscored)
                 if reference is not None:
                     with clock("ref_logp"):
-                        batch["ref_logp"] = moves.score(reference, batch, n)
+                        batch["ref_logp"] = moves.score(reference, unscored, n)
                 if settings.old_logp == "sampler":
                     batch["old_logp"] = batch["sampler_logp"]
                 elif j:
                     with clock("old_logp"):
-                        batch["old_logp"] = moves.score(state["policy"], batch, n)
+                        batch["old_logp"] = moves.score(state["policy"], unscored, n)
                 else:
                     # The first minibatch is on-policy by construction; the array is there for the program's sake.
                     batch["old_logp"] = jnp.zeros_like(batch["sampler_logp"], device=batch["sampler_logp"].sharding)
@@ -275,6 +287,7 @@ def rl_loop(
         saved.wait()
         raise Stopped from stopped
     finally:
+        compiler.shutdown()
         progress.close()
         log.close()
         saved.close()

@@ -6,9 +6,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from r1jax import data, draw, grpo, held_out, hosts, loops, minibatches, optim, report, sharding, updates
-from r1jax.rollout import Group, collect, encode_prompts
+from r1jax.model.config import ModelConfig
+from r1jax.rewards.pool import Graded
+from r1jax.rollout import Group, Sample, collect, encode_prompts
 from r1jax.run import (
     ROLLOUT,
     Config,
@@ -25,7 +28,10 @@ from r1jax.run import (
     training_program,
 )
 from r1jax.slots import Verbs
-from r1jax.types import Example, Params
+from r1jax.types import Completion, Example, Params
+
+# What scoring adds to a packed minibatch.
+SCORED = ("old_logp", "ref_logp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +103,38 @@ def programs(config: Config, policy: Policy, layouts: dict[str, sharding.Layout]
     )
 
 
+def minibatch_like(made: Programs, model: ModelConfig, layout: sharding.Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a scored minibatch's arrays: their names and types are those that packing two tokens gives."""
+    routed = (2, model.n_moe, model.num_experts_per_tok)
+    completion = Completion(0, 0, np.ones(1, np.int32), np.zeros(1, np.float32), "stop", np.zeros(routed, np.int16))
+    sample = Sample({}, "", (1, 1), completion, "", Graded(0, {}, 0.0, None, (), 0.0))
+    shape = dataclasses.replace(made.shape, row_tokens=4, rows=1)
+    arrays, _ = minibatches.pack([minibatches.Trained(sample, 0.0, True)], shape, made.objective, 1)
+    arrays["old_logp"] = arrays["sampler_logp"]
+    if made.objective.kl_coef:
+        arrays["ref_logp"] = arrays["sampler_logp"]
+    items = made.settings.prompts_per_update * made.settings.group_size
+    sizes = -(-items // made.shape.rows), made.shape.rows, made.shape.row_tokens
+    return {
+        name: jax.ShapeDtypeStruct(
+            (*sizes, *a.shape[3:]),
+            jax.dtypes.canonicalize_dtype(a.dtype),
+            sharding=layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)),
+        )
+        for name, a in arrays.items()
+    }
+
+
+def compile_training(made: Programs, policy: Policy, layout: sharding.Layout, state: updates.State) -> None:
+    """Compiles what follows a rollout, so that the loop's first calls find it done; of `state` the shapes count."""
+    batch = minibatch_like(made, policy.config, layout)
+    unscored = {name: a for name, a in batch.items() if name not in SCORED}
+    # Update before score: it takes longest, and a rollout may be short.
+    made.update.func.lower(state, batch, 1, True, **made.update.keywords).compile()
+    if made.objective.kl_coef or (made.settings.old_logp == "policy" and made.settings.minibatches > 1):
+        made.score.func.lower(state["policy"], unscored, 1, **made.score.keywords).compile()
+
+
 def reinforce(
     run: Run,
     config: Config,
@@ -137,7 +175,11 @@ def reinforce(
             if general:
                 general.check()
 
-        moves = adapt(made, loops.Moves(sample, evaluate, made.update, made.score, made.to_decode))
+        moves = loops.Moves(
+            sample, evaluate, made.update, made.score, made.to_decode,
+            compile=partial(compile_training, made, policy, run.layouts["train"]),
+        )  # fmt: skip
+        moves = adapt(made, moves)
         params = loops.rl_loop(
             run, policy, stream, moves, settings, made.objective, made.optimizing, made.optimizer, made.shape,
             open_checkpoints(run, config["checkpoint"]), dict(config["log"]), config["eval"]["every"],

@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={os.environ.get('R1JAX_TEST_DEVICES', '8')}"
+    + " --xla_backend_optimization_level=1"  # as hosts.initialize
 )
 
 # What one test or run compiled, another one takes from there: that halves the time of most files that use jax.

@@ -76,6 +76,26 @@ def test_a_coordinator_without_numbers_is_refused(monkeypatch):
         hosts.initialize()
 
 
+COUNT, LEVEL = "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level"
+
+
+@pytest.mark.parametrize(
+    ("chips", "platforms", "before", "after"),
+    [
+        ((), "", COUNT, f"{COUNT} {LEVEL}=1"),
+        ((), "", f"{COUNT} {LEVEL}=3", f"{COUNT} {LEVEL}=3"),
+        (("/dev/nvidia0",), "", COUNT, COUNT),
+        (("/dev/nvidia0",), "cpu", COUNT, f"{COUNT} {LEVEL}=1"),
+    ],
+)
+def test_only_cpu_code_is_compiled_at_a_lower_level(monkeypatch, chips, platforms, before, after):
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: [c for c in chips if c.startswith(pattern.split("[")[0])])
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("XLA_FLAGS", before)
+    hosts.initialize()
+    assert os.environ["XLA_FLAGS"] == after
+
+
 def test_first_signal_asks_second_interrupt_ends(capfd):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

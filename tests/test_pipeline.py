@@ -114,6 +114,20 @@ def test_the_samplers_log_probabilities_stand_for_the_old_policys(policy, tmp_pa
     assert noted[1]["ratio/mean"] != 1, "the second minibatch is off-policy"
 
 
+@pytest.mark.parametrize("lora", [{}, {"lora__rank": 2, "lora__targets": ("q_proj",)}], ids=["whole", "lora"])
+def test_update_and_score_are_compiled_once_and_while_the_first_rollout_is_sampled(policy, tmp_path, caplog, lora):
+    jax.config.update("jax_log_compiles", True)  # as a context it would hold for this thread alone
+    try:
+        with caplog.at_level("WARNING"):
+            execute(make_config(policy, rl__updates=4, eval__problems=0, **lora), tmp_path)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    for program in ("update", "score"):
+        said = f"Finished XLA compilation of jit({program})"
+        threads = [r.threadName for r in caplog.records if said in r.getMessage()]
+        assert len(threads) == 1 and threads[0].startswith("compile"), (program, threads)
+
+
 def test_own_data_with_own_columns_and_rewards_of_which_two_fail_is_trained_on(policy, tmp_path):
     lines = sorted(map(json.loads, SAMPLE.read_text().splitlines()), key=lambda r: len(r["question"]))[:5]
     renamed = [{"name": r["id"], "task": r["question"], "result": r["answer"], "steps": 3} for r in lines]

@@ -13,13 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import flops, minibatches, reinforce, run, sharding
+from r1jax import flops, reinforce, run, sharding
 from r1jax.model import lora, transformer
 from r1jax.model.config import ModelConfig
-from r1jax.rewards.pool import Graded
-from r1jax.rollout import Sample
 from r1jax.sampler import buckets
-from r1jax.types import Completion
 
 Tree = Any  # of jax.ShapeDtypeStruct, each with its sharding
 Compiled = Mapping[str, Any]  # name of a program -> jax.stages.Compiled, of those before it
@@ -95,27 +92,6 @@ def abstract_policy(config: Any, model: ModelConfig, layout: sharding.Layout) ->
     small = jax.tree.map(lambda _: layout.sharding(), lora.shapes(model, adapting))
     frozen = _put(transformer.shapes(model, jnp.bfloat16), lies)
     return run.Policy(model, _put(lora.shapes(model, adapting), small), tokenizer, None, adapting, frozen)
-
-
-def _minibatch(made: reinforce.Programs, model: ModelConfig, layout: sharding.Layout, n_items: int) -> Tree:
-    """Shapes of a minibatch's arrays: their names and types are those that packing two tokens gives."""
-    routed = (2, model.n_moe, model.num_experts_per_tok)
-    completion = Completion(0, 0, np.ones(1, np.int32), np.zeros(1, np.float32), "stop", np.zeros(routed, np.int16))
-    sample = Sample({}, "", (1, 1), completion, "", Graded(0, {}, 0.0, None, (), 0.0))
-    shape = dataclasses.replace(made.shape, row_tokens=4, rows=1)
-    arrays, _ = minibatches.pack([minibatches.Trained(sample, 0.0, True)], shape, made.objective, 1)
-    arrays["old_logp"] = arrays["sampler_logp"]
-    if made.objective.kl_coef:
-        arrays["ref_logp"] = arrays["sampler_logp"]
-    sizes = -(-n_items // made.shape.rows), made.shape.rows, made.shape.row_tokens
-    return {
-        name: jax.ShapeDtypeStruct(
-            (*sizes, *a.shape[3:]),
-            jax.dtypes.canonicalize_dtype(a.dtype),
-            sharding=layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)),
-        )
-        for name, a in arrays.items()
-    }
 
 
 def _slots(verbs: Any, slots: int, length: int) -> Tree:
@@ -263,7 +239,7 @@ def _training(
 ) -> list[Program]:
     settings, shape, model = made.settings, made.shape, policy.config
     items = settings.prompts_per_update * settings.group_size
-    batch = _minibatch(made, model, layout, items)
+    batch = reinforce.minibatch_like(made, model, layout)
     # Rows are taken to be full, and prompts to be read once in each row that has some of their completions.
     prompts = settings.prompts_per_update if settings.share_prompt else items
     tokens = items * load.completion_tokens + prompts * load.prompt_tokens
@@ -274,7 +250,7 @@ def _training(
     n = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
     flag = jax.ShapeDtypeStruct((), jnp.bool_, sharding=layout.sharding())
     batches = [batch] * settings.minibatches  # all of a rollout are packed before the first update
-    unscored = {k: v for k, v in batch.items() if k not in ("old_logp", "ref_logp")}
+    unscored = {k: v for k, v in batch.items() if k not in reinforce.SCORED}
 
     def score(params: Tree) -> Any:
         return made.score.func.lower(params, unscored, n, **made.score.keywords)

@@ -73,7 +73,9 @@ def with_value_model(config: Config, policy: Policy, run: Run) -> Callable[[Prog
             sums |= {"value_loss": learned["loss"], "value_explained": values.explained(learned)}
             return {**acted, "value": value}, sums
 
-        return dataclasses.replace(moves, start=start, advantages=with_rewards, prepare=prepare, update=update)
+        return dataclasses.replace(
+            moves, start=start, advantages=with_rewards, prepare=prepare, update=update, compile=None
+        )
 
     return adapt
 

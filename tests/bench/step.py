@@ -18,14 +18,18 @@ import os
 import pathlib
 import random
 import statistics
+import types
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from r1jax import draw, grpo, hosts, minibatches, optim, run, sampler, sharding, slots, updates
+from configs import base
+from r1jax import hosts, minibatches, reinforce, run, sampler, sharding
 from r1jax.model.config import ModelConfig
 from r1jax.rewards.pool import Graded
 from r1jax.rollout import Sample
@@ -88,44 +92,52 @@ def turn() -> Iterator[None]:
     time.sleep(0.5)
 
 
+def settings(row_tokens: int, rows: int, n_slots: int) -> ConfigDict:
+    """The fixed work as a config."""
+    config = base.get_config()
+    config.model.scan_unroll = MODEL.num_hidden_layers
+    config.data.max_prompt_tokens = PROMPT_TOKENS
+    config.sampler.update({"slots": n_slots, "tokens_per_dispatch": NEW_TOKENS})
+    config.rl.update({"updates": 1, "minibatches": 1, "prompts_per_update": PROMPTS, "group_size": GROUP})
+    config.rl.update({"max_completion_tokens": NEW_TOKENS, "row_tokens": row_tokens, "microbatch_rows": rows})
+    config.optim.learning_rate = 1e-4
+    return config
+
+
 class Bench:
     """The policy, its state and the programs of one step."""
 
     def __init__(self, row_tokens: int, rows: int, n_slots: int) -> None:
-        mesh = sharding.make_mesh({"data": -1})
-        lays = sharding.layouts(mesh)
+        lays = sharding.layouts(sharding.make_mesh({"data": -1}))
         self.layout = lays["train"]
         params = run.random_params(MODEL, self.layout, 0)
-        self.policy = run.Policy(MODEL, params, None, None)
+        policy = run.Policy(MODEL, params, types.SimpleNamespace(eos_ids=frozenset()), None)
         self.reference = jax.tree.map(jnp.copy, params)
-        self.objective = grpo.GrpoConfig(kl_coef=1e-3)
-        optimizer = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-4), params)
-        self.state, _ = run.training_state(self.policy, self.layout, optimizer)
-        program = updates.Program(config=MODEL, layout=self.layout, scan_unroll=MODEL.num_hidden_layers)
-        self.update = updates.make_rl_update(program, self.objective, optimizer, row_tokens + 1)
-        self.score = updates.make_score(program)
-        self.to_decode = run.decode_layout(self.policy, lays["decode"], "float32")
-        self.shape = minibatches.Shape(row_tokens, rows, True, False)
-        settings = slots.SamplerConfig(slots=n_slots, tokens_per_dispatch=NEW_TOKENS, cache_bucket=64)
-        self.verbs = slots.Verbs(MODEL, settings, draw.DrawConfig(), lays["decode"], [])
+        self.made = reinforce.programs(settings(row_tokens, rows, n_slots), policy, lays)
+        self.state, like = run.training_state(policy, self.layout, self.made.optimizer)
+        # As in a run: what follows the first rollout is compiled beside it.
+        compiler = futures.ThreadPoolExecutor(1)
+        self.compiling = compiler.submit(reinforce.compile_training, self.made, policy, self.layout, like)
 
     def step(self, step: int) -> dict[str, float]:
         """Seconds of rollout, reference scoring, update and the whole."""
         clock = [time.perf_counter()]
-        weights = self.to_decode(self.state["policy"])
+        made, weights = self.made, self.made.to_decode(self.state["policy"])
         ids = prompts(step)
         key = jax.random.fold_in(jax.random.key(0), step)
         groups: list[list[Sample]] = [[] for _ in ids]
-        for completion in sampler.sample(self.verbs, weights, requests(step), key, NEW_TOKENS):
+        for completion in sampler.sample(made.verbs, weights, requests(step), key, NEW_TOKENS):
             groups[completion.prompt].append(graded(completion, ids[completion.prompt]))
         assert all(len(s.completion.tokens) == NEW_TOKENS for group in groups for s in group)
         clock.append(time.perf_counter())
-        items = minibatches.with_advantages(groups, self.objective, NEW_TOKENS)
-        arrays, n = minibatches.pack([i for g in items for i in g], self.shape, self.objective, NEW_TOKENS)
+        self.compiling.result()
+        items = minibatches.with_advantages(groups, made.objective, NEW_TOKENS)
+        arrays, n = minibatches.pack([i for g in items for i in g], made.shape, made.objective, NEW_TOKENS)
         batch = run.put_rows(arrays, self.layout)
-        batch["ref_logp"] = jax.block_until_ready(self.score(self.reference, batch, n))
+        ref_logp = jax.block_until_ready(made.score(self.reference, batch, n))
         clock.append(time.perf_counter())
-        self.state, sums = self.update(self.state, batch, n)
+        batch |= {"ref_logp": ref_logp, "old_logp": batch["sampler_logp"]}
+        self.state, sums = made.update(self.state, batch, n, True)
         assert np.isfinite(float(sums["loss"]))
         jax.block_until_ready(self.state)
         clock.append(time.perf_counter())
@@ -134,12 +146,13 @@ class Bench:
 
     def generate(self, batches: list[list[Request]], longest: int) -> float:
         """Tokens per second, one batch after the other, by a sampler that is ready for `longest` tokens."""
-        weights = self.to_decode(self.state["policy"])
+        self.compiling.result()
+        weights = self.made.to_decode(self.state["policy"])
         speeds = []
         for attempt in range(4):
             start, tokens = time.perf_counter(), 0
             for batch in batches:
-                drawn = sampler.sample(self.verbs, weights, batch, jax.random.key(attempt), longest)
+                drawn = sampler.sample(self.made.verbs, weights, batch, jax.random.key(attempt), longest)
                 tokens += sum(len(completion.tokens) for completion in drawn)
             speeds.append(tokens / (time.perf_counter() - start))
         return statistics.median(speeds[1:])  # the first compiles
