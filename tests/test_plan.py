@@ -107,6 +107,8 @@ def test_groups_along_the_axes_of_a_mesh():
     assert hlo.groups(", replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x") == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert hlo.groups(", replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}") == [[0, 1, 2, 3]]
     # A part of an axis: of its eight, pairs that are two apart.
+    turned = hlo.groups(", replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, y")
+    assert turned == [[0, 2, 4, 6], [1, 3, 5, 7]]
     parts = hlo.groups(", replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}")
     assert parts == [[0, 2], [1, 3], [4, 6], [5, 7]]
     with pytest.raises(ValueError, match="not understood"):
@@ -287,6 +289,18 @@ def test_what_does_not_fit_ranks_last_and_says_what_to_change():
     assert "tensor4: update needs 21.0 GB a device, 4.1 GB more than the 16.9 GB there are" in said
     assert "fewer sampler.slots" in said
     assert "21.0 GB" in table.page("title", plans, slice_, ["note"])
+
+
+@pytest.mark.parametrize(
+    ("said", "beyond"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 16.5),
+        ("the total memory required for HLO temporaries (361.89G) exceeds available HBM (95.74G).", 361.89),
+        ("Mosaic failed to compile TPU kernel", 0.0),
+    ],
+)
+def test_what_the_compiler_says_of_too_large_a_program_is_read(said, beyond):
+    assert account._too_large(f"RESOURCE_EXHAUSTED: {said}", 4 * 2.0**30) == pytest.approx(beyond * 2**30)
 
 
 def zero(model: str = "") -> object:

@@ -101,10 +101,13 @@ def _kinds(program: Program, compiled: Any) -> dict[str, float]:
     return out
 
 
-def _too_large(message: str) -> float:
-    """Bytes that the compiler says a program would have needed, 0 if it failed for another reason."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return float(found[1]) * 1024 ** " KMGT".index(found[2]) if found else 0.0
+def _too_large(message: str, taken: float) -> float:
+    """Bytes beyond its arguments (`taken`) that the compiler says a program needs, 0 if it failed for another reason."""
+    whole = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    alone = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds", message)
+    if not (found := whole or alone):
+        return 0.0
+    return max(float(found[1]) * 1024 ** " KMGT".index(found[2]) - (taken if whole else 0.0), 1.0)
 
 
 def make_row(
@@ -123,12 +126,12 @@ def make_row(
     try:
         done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        needed = _too_large(str(error))
-        if not needed:
+        taken = {kind: device_bytes(tree) for kind, tree in program.takes.items()}
+        activations = _too_large(str(error), sum(taken.values()))
+        if not activations:
             raise
         beside = {kind: device_bytes(tree) for kind, tree in program.beside.items()}
-        taken = {kind: device_bytes(tree) for kind, tree in program.takes.items()}
-        hbm = {**taken, "activations": max(needed - sum(taken.values()), 0.0)}
+        hbm = {**taken, "activations": activations}
         for kind, size in beside.items():
             hbm[kind] = hbm.get(kind, 0.0) + size
         spent = time.monotonic() - started
@@ -146,7 +149,7 @@ def make_row(
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if "hbm" in line), str(error).splitlines()[0]).strip()
+    return next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error).splitlines()[0]).strip()
 
 
 def make_plan(

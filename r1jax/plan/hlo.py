@@ -193,7 +193,7 @@ def _iota(dims: str, order: str | None) -> list[int]:
 def _mesh_groups(axes: str, devices: str, along: str) -> list[list[int]]:
     """Groups along some axes of a mesh, or along parts of them: 'a':(before)size."""
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
-    found = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", devices)
+    found = re.search(r"(?:<=|device_ids=\()\[([\d,]+)\](?:T\(([\d,]+)\))?", devices)
     flat = _iota(found[1], found[2]) if found else list(range(math.prod(sizes.values())))
     if devices.strip(" ,") and not found:
         raise ValueError(f"a mesh of devices that is not understood: {devices}")
