@@ -25,7 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "rl.microbatch_rows": 128,
         "model.expert_exchange": "all_to_all",
         "sampler.slots": 8192,
-        "sampler.prefill_prompts": 512,
+        "sampler.prefill_prompts": 1024,
         "sampler.cache_bucket": 4096,
         "optim.router_bias_rate": 0.0,
     },

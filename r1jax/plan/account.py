@@ -102,7 +102,7 @@ def _kinds(program: Program, compiled: Any) -> dict[str, float]:
 
 
 def _too_large(message: str, taken: float) -> float:
-    """Bytes beyond its arguments (`taken`) that the compiler says a program needs, 0 if it failed for another reason."""
+    """Bytes that the compiler says a program needs beyond its arguments (`taken`), 0 if it failed of anything else."""
     whole = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     alone = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds", message)
     if not (found := whole or alone):
