@@ -53,7 +53,7 @@ def initialize(cpu_devices: int = 1) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if not _has_accelerator() and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-        # For CPU code LLVM's second and third level take longer and gain nothing (tests/bench/RESULTS.md, start-up).
+        # XLA's default, LLVM's third level, takes longer to compile and runs no faster (tests/bench/RESULTS.md).
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -75,7 +75,7 @@ def _number(variable: str) -> int | None:
 
 
 TPU_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
-GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd")
+GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, through Windows
 
 
 def _has_tpu_chips() -> bool:

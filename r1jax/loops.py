@@ -287,10 +287,10 @@ def rl_loop(
         saved.wait()
         raise Stopped from stopped
     finally:
-        compiler.shutdown()
         progress.close()
         log.close()
         saved.close()
+        compiler.shutdown()  # last: it waits for a compilation that is under way
     return state["policy"]
 
 

@@ -106,9 +106,9 @@ def test_iota_groups_are_read_as_listed_ones():
 def test_groups_along_the_axes_of_a_mesh():
     assert hlo.groups(", replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x") == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert hlo.groups(", replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}") == [[0, 1, 2, 3]]
-    # A part of an axis: of its eight, pairs that are two apart.
     turned = hlo.groups(", replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, y")
     assert turned == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    # A part of an axis: of its eight, pairs that are two apart.
     parts = hlo.groups(", replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}")
     assert parts == [[0, 2], [1, 3], [4, 6], [5, 7]]
     with pytest.raises(ValueError, match="not understood"):
