@@ -1,8 +1,8 @@
 """R1-Zero on the packaged base: python -m r1jax.main --config=configs/zero.py --workdir=DIR
 
-GRPO from a base model with accuracy and format as the only rewards. Hardware: two CPU cores; 10.4 to 11.0 minutes,
-2.5 GB. Expected on 512 held-out problems, 16 samples each, seeds 0, 1, 2: pass@1 17.5% -> 73.7%, 76.0%, 74.6%;
-majority of 16 51.4% -> 95.7%, 94.9%, 97.1%; tokens 33 -> 125, 118, 124; reflective words 0.46 -> 5.09, 4.37, 5.56
+GRPO from a base model with accuracy and format as the only rewards. Hardware: two CPU cores; 9.1 to 11.0 minutes,
+2.7 GB. Expected on 512 held-out problems, 16 samples each, seeds 0, 1, 2: pass@1 17.5% -> 73.3%, 75.8%, 75.3%;
+majority of 16 51.4% -> 95.1%, 95.3%, 97.3%; tokens 33 -> 125, 118, 125; reflective words 0.46 -> 5.11, 4.13, 5.57
 (*measured*, 2026-11-23, --config.seed=0, 1, 2; tests/bench/RESULTS.md has the rest). All values below are *our
 choice*.
 """
