@@ -31,7 +31,8 @@ def get_config() -> ConfigDict:
                 "name": "tiny",  # of configs/models.py; only what starts from nothing (pretrain) reads it
                 "compute_dtype": "float32",  # of activations and of the weights while they are used: float32, bfloat16
                 "cache_dtype": "float32",  # of the sampler's cache
-                "remat": "none",  # what the backward pass computes again: none, dots, full
+                # What the backward pass computes again: none, dots, full, attention (all but attention over long rows).
+                "remat": "none",
                 "scan_unroll": 1,  # layers per step of the scan over layers
                 "attention": "auto",  # over rows: whole, blocks, kernel (TPU); auto: what row and device call for
                 "expert_exchange": "gather",  # tokens to experts on other devices: gather, all_to_all

@@ -67,7 +67,7 @@ class _Loop:
         # Prompts are padded to one length per call: each other length would be another program.
         self.prompt_length = -(-longest // 16) * 16
         self.lengths = buckets(max(config.cache_bucket, self.prompt_length + 16), longest + max_completion_tokens)
-        self.sizes = self._batch_sizes(config.slots, verbs.layout.size("rows"))
+        self.sizes = self._batch_sizes(config.slots, verbs.layout.size("slots"))
         size = next(n for n in reversed(self.sizes) if n >= min(len(requests), config.slots))
         self.slots = verbs.empty(size, self.lengths[0])
         self.held: list[Completion | None] = [None] * size
@@ -187,12 +187,12 @@ class _Loop:
 
         None where that is the batch at hand.
         """
-        rows, size = self.verbs.layout.size("rows"), len(self.held)
-        each = size // rows
-        by_device = [[i % each for i in live if i // each == device] for device in range(rows)]
+        devices, size = self.verbs.layout.size("slots"), len(self.held)
+        each = size // devices
+        by_device = [[i % each for i in live if i // each == device] for device in range(devices)]
         fullest = max(map(len, by_device))
-        smaller = next((n for n in reversed(self.sizes) if n < size and n // rows >= fullest), None)
-        return smaller and [(mine + [-1] * smaller)[: smaller // rows] for mine in by_device]
+        smaller = next((n for n in reversed(self.sizes) if n < size and n // devices >= fullest), None)
+        return smaller and [(mine + [-1] * smaller)[: smaller // devices] for mine in by_device]
 
     def _generate(self) -> Iterator[Completion]:
         config, size = self.verbs.config, len(self.held)

@@ -10,30 +10,45 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from r1jax import placement
 from r1jax.types import Params
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 Rules = Mapping[str, tuple[str, ...]]
 
-# Training: weights are spread over fsdp as well, rows over everything that is not context or tensor.
+# Training: rows lie over everything that is not context or tensor, and so do weights, but for the experts: of those
+# every device but the ones along data and fsdp has its own. Between layers tokens are split over tensor as well
+# (arXiv 2205.05198), which is also how they go to the experts; a shared expert is too narrow to be split.
 TRAIN: Rules = {
     "rows": ("data", "fsdp", "expert"),
     "tokens": ("context",),
-    "width": ("fsdp",),
+    "residual": ("context", "tensor"),
+    "width": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "experts": ("expert",),
+    "shared_mlp": (),
+    "experts": ("expert", "context", "tensor"),
+    "expert_width": ("fsdp",),
     "vocab": ("tensor",),
 }
 
-# Decoding: every step reads every weight, so none is gathered over fsdp. Slots lie as rows do in training, and over
-# context as well, since a step has but one token of each.
-DECODE: Rules = {**TRAIN, "rows": ("data", "fsdp", "expert", "context"), "tokens": (), "width": ()}
+# Decoding: every step reads every weight, so none is gathered. Slots lie as rows do in training, and over context as
+# well, since a step has but one token of each. Latent caches, which have no heads to split, and the experts take each
+# device's own share of the slots.
+DECODE: Rules = {
+    **TRAIN,
+    "rows": ("data", "fsdp", "expert", "context"),
+    "slots": ("data", "fsdp", "expert", "context", "tensor"),
+    "tokens": (),
+    "residual": ("tensor",),
+    "width": (),
+    "shared_mlp": ("tensor",),
+    "expert_width": (),
+}
 
 PHASES = {"train": TRAIN, "decode": DECODE}
 
@@ -97,19 +112,9 @@ def _mesh(devices: np.ndarray) -> Mesh:
 
 def _placed(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Devices so ordered that neighbours on a mesh axis are neighbours on the interconnect, where that is known."""
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
-    # Axes seldom are whole dimensions of a torus: each may take a part of one.
-    options = {"allow_split_physical_axes": devices[0].platform == "tpu"}
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, **options)
-    if shape[0] % slices:
-        raise ValueError(
-            f"config.mesh.data is {shape[0]}, but only the axis data may lie across slices, and there are {slices}; "
-            f"make config.mesh.data a multiple of {slices}"
-        )
-    inside = (shape[0] // slices, *shape[1:])
-    across = (slices, *(1,) * (len(shape) - 1))
-    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **options)
+    if devices[0].platform == "tpu":
+        return placement.over_slices(shape, devices, len(TRAIN["experts"]))
+    return np.array(devices).reshape(shape)
 
 
 def layouts(mesh: Mesh, decode: Mapping[str, int] | None = None) -> dict[str, Layout]:

@@ -111,12 +111,11 @@ class Verbs:
         cache_dtype: DTypeLike = jnp.float32,
         paths: Paths = DEFAULT_PATHS,
     ) -> None:
-        rows = layout.size("rows")
-        for key in ("slots", "prefill_prompts"):
-            if getattr(config, key) % rows:
+        for key, axis in (("slots", "slots"), ("prefill_prompts", "rows")):
+            if getattr(config, key) % (parts := layout.size(axis)):
                 raise ValueError(
-                    f"config.sampler.{key} ({getattr(config, key)}) must be a multiple of the {rows} devices of "
-                    "config.mesh.data x fsdp x expert x context"
+                    f"config.sampler.{key} ({getattr(config, key)}) must be a multiple of the {parts} devices of "
+                    f"config.mesh.{' x '.join(layout.rules[axis])}"
                 )
         self.model, self.config, self.drawing, self.layout = model, config, drawing, layout
         self.cache_dtype, self.paths = cache_dtype, paths

@@ -10,7 +10,7 @@ import pytest
 from tiny import DEEPSEEK, QWEN, QWEN_MOE, jit, random_params
 
 from r1jax.model import layers, mla, transformer, vocabulary
-from r1jax.model.config import ModelConfig, Rope
+from r1jax.model.config import ModelConfig, Paths, Rope
 from r1jax.model.experts import experts_local, experts_some
 from r1jax.model.moe import expert_load, moe, route
 
@@ -108,17 +108,22 @@ def test_remat_changes_no_gradient() -> None:
     config, params = QWEN_MOE, random_params(QWEN_MOE)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, 8)))
 
-    def gradient(remat):
+    def gradient(remat, attention):
         def loss(params):
-            x = transformer.hidden(params, config, tokens, remat=remat).x
+            x = transformer.hidden(params, config, tokens, remat=remat, paths=Paths(attention)).x
             return transformer.token_logps(params, x, tokens)[0].sum()
 
-        return jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss)).lower(params).compile()
 
-    want = gradient("none")
-    assert min(np.abs(g).max() for g in jax.tree.leaves(want)) > 0
-    for remat in ("full", "dots"):
-        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), gradient(remat), want)
+    for attention in ("whole", "blocks"):
+        want = gradient("none", attention)(params)
+        assert min(np.abs(g).max() for g in jax.tree.leaves(want)) > 0
+        for remat in set(transformer.REMAT) - {"none"}:
+            got = gradient(remat, attention)(params)
+            jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), got, want)
+    # What attention gave is kept, so it does not run again.
+    full, kept = (gradient(remat, "blocks").cost_analysis()["flops"] for remat in ("full", "attention"))
+    assert kept < full
 
 
 # --- mixture of experts --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import DEEPSEEK, QWEN, QWEN_MOE
 
-from r1jax import flops, sharding
+from r1jax import flops, placement, sharding
 from r1jax.plan import account, compare, estimate, hlo, interconnect, layout, programs, table, topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ def slice_of(name: str) -> topology.Topology:
     """A topology whose devices are only places on the torus."""
     kind, shape, slices = topology.parse(name)
     devices = tuple(
-        types.SimpleNamespace(coords=tuple(int(i) for i in at), slice_index=s, platform="tpu")
+        types.SimpleNamespace(coords=tuple(int(i) for i in at), core_on_chip=0, slice_index=s, platform="tpu")
         for s in range(slices)
         for at in np.ndindex(shape)
     )
@@ -141,6 +141,42 @@ def test_two_slices_meet_over_the_slow_network():
     assert slices.chips == 32
 
 
+def test_a_shift_around_a_ring_loads_each_link_once():
+    slice_ = slice_of("v5p:8x8x16")
+    link = slice_.chip.link
+    ring = row_of(slice_, 0, 8)
+    shift = list(zip(ring, ring[1:] + ring[:1], strict=True))
+    assert interconnect.permute_seconds(slice_, 1e9, shift) == pytest.approx(1e9 / link, rel=0.01)
+    # Half of a ring: the last sends back over links that nobody else uses that way. By two: each link serves two.
+    half = list(zip(ring[:4], [*ring[1:4], ring[0]], strict=True))
+    assert interconnect.permute_seconds(slice_, 1e9, half) == pytest.approx(1e9 / link, rel=0.01)
+    by_two = list(zip(ring, ring[2:] + ring[:2], strict=True))
+    assert interconnect.permute_seconds(slice_, 1e9, by_two) == pytest.approx(2e9 / link, rel=0.01)
+
+
+def test_devices_that_share_experts_are_near_a_cube():
+    slice_ = slice_of("v5p:8x8x16")
+    mesh = placement.over_slices((1, 4, 32, 1, 8), slice_.devices, exchanging=3)
+    assert {d.coords for d in mesh.flat} == {d.coords for d in slice_.devices}
+    group = list(mesh[0, 0].flat)
+    assert [len({d.coords[i] for d in group}) for i in range(3)] == [8, 8, 4]
+    # As whole dimensions they would be 8 x 2 x 16, whose middle carries twice as much.
+    long = [d for d in slice_.devices if d.coords[1] < 2]
+    exchange = [interconnect.seconds(slice_, "all-to-all", 1e9, devices) for devices in (group, long)]
+    assert exchange[1] == pytest.approx(2 * exchange[0], rel=0.01)
+    # The innermost axis goes round one ring, each device beside the next.
+    assert [d.coords[0] for d in mesh[0, 0, 0, 0]] == list(range(8))
+    assert len({d.coords[1:] for d in mesh[0, 0, 0, 0]}) == 1
+
+
+def test_slices_lie_along_data():
+    slices = slice_of("2*v5e:4x4")
+    mesh = placement.over_slices((4, 8, 1, 1, 1), slices.devices, exchanging=3)
+    assert [{d.slice_index for d in row.flat} for row in mesh] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match=r"config.mesh.data is 1, .* make config.mesh.data a multiple of 2"):
+        placement.over_slices((1, 32, 1, 1, 1), slices.devices, exchanging=3)
+
+
 def test_axes_of_a_group():
     mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     assert interconnect.axes(mesh, [0, 1]) == "tensor"
@@ -217,6 +253,16 @@ def test_a_loop_of_unknown_length_runs_as_often_as_the_program_says():
 def test_a_loop_may_step_by_two():
     by_two = SMALL.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
     assert estimate.cost(by_two, *four(), open_trips=3).compute_s == pytest.approx(4 * 1e-6)
+    # Of what it adds there may be copies in another memory.
+    copied = SMALL.replace("add(%i, %one)", "add(%at_hand, %again)").replace(
+        "  %next", "  %at_hand = s32[] copy(%i)\n  %again = s32[] copy(%one)\n  %next"
+    )
+    assert estimate.cost(copied, *four(), open_trips=3).compute_s == pytest.approx(8 * 1e-6)
+
+
+def test_further_rounds_of_an_exchange_cost_nothing():
+    named = SMALL.replace("body=%body", 'body=%body, metadata={op_name="jit(step)/further_rounds/while"}')
+    assert estimate.cost(named, *four(), open_trips=3).seconds == 0
 
 
 def test_a_reduce_scatter_may_hide_in_a_fusion():
@@ -257,6 +303,10 @@ def test_a_kernel_without_an_estimate_is_named():
     )
     cost = estimate.cost(priced, *four(), open_trips=3)
     assert cost.unpriced == 0 and cost.kernel_s == pytest.approx(8 * 985e6 / (estimate.KERNEL_COMPUTE * 197e12))
+    grouped = priced.replace("backend_config={", 'metadata={op_name="ragged-dot-none"}, backend_config={')
+    half = estimate.cost(grouped, *four(), 3, {"attention": 1.0, "grouped": 0.5})
+    assert half.kernel_s == pytest.approx(cost.kernel_s / 2)
+    assert estimate.cost(text.replace("%k =", "%ragged-dot-metadata.1 ="), *four(), open_trips=3).unpriced == 0
 
 
 def a_row(**changed) -> account.Row:

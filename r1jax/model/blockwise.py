@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 512  # tokens
 NEVER = -1e30
+ATTENDED = "attended"  # names what a layer may keep for its backward pass: transformer.REMAT
 
 
 class Reading(NamedTuple):
@@ -126,6 +128,7 @@ def _forward(q: Array, k: Array, v: Array, reading: Reading, scale: float, block
 
     out, lse = jax.lax.map(of_queries, jnp.arange(meet.shape[0]))
     out, lse = (jnp.moveaxis(a, 0, 3).reshape(*q.shape[:-1], *a.shape[5:]) for a in (out, lse))
+    out, lse = (checkpoint_name(a, ATTENDED) for a in (out, lse))
     return out, (q, k, v, reading, out, lse)
 
 

@@ -43,7 +43,9 @@ def _all_to_all(
 ) -> Array:
     n, k = ids.shape
     each, peers = weights[0].shape[0], jax.lax.axis_size(held)
-    places = min(n, -(-int(slack * n * peers_per_token(config, peers)) // (peers * 8)) * 8)
+    places = -(-int(slack * n * peers_per_token(config, peers)) // (peers * 8)) * 8
+    if places >= n:  # as in decoding: every peer would get all tokens, and a gather takes more of a torus's links
+        return _gather(x, ids, gates, weights, held, config, slack)
     room = int(slack * n * k)
     peer = ids // each
     goes = (peer[:, :, None] == jnp.arange(peers)).any(1).T  # [peers, n]
@@ -65,8 +67,14 @@ def _all_to_all(
         target = jnp.where(is_here, peer * places + place - first, -1)
         there = jnp.repeat(jnp.arange(peers), places)[:, None]
         wanted = jnp.where((source >= 0)[:, None], ids[source], -1) - there * each
-        wanted = jnp.where((wanted >= 0) & (wanted < each), wanted, -1)
-        sent = swap(spread(x, source, target)), swap(wanted), swap(spread(gates, source, target))
+        is_there = (wanted >= 0) & (wanted < each)
+        # Of a token's experts no more than a peer holds are there.
+        held_there = jnp.argsort(~is_there, axis=1, stable=True)[:, : min(k, each)]
+        wanted, share = (
+            jnp.take_along_axis(a, held_there, axis=1)
+            for a in (jnp.where(is_there, wanted, -1), spread(gates, source, target))
+        )
+        sent = swap(spread(x, source, target)), swap(wanted), swap(share)
         return gather_sum(swap(experts_some(*sent, weights, room)), source, target)
 
     rounds = jax.lax.pmax(jnp.maximum(-(-goes.sum(1).max() // places), 1), held) if most > 1 else 1

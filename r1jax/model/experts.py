@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from r1jax import sharding
 
+FURTHER_ROUNDS = "further_rounds"  # names loops that seldom have anything to do: r1jax.plan counts on that
 TILE = 512  # rows of megablox's tile on TPU; its other sides below
 TILE_SIDES = 1024, 1024
 
@@ -227,7 +228,8 @@ def in_rounds(one: Callable[..., Array], rounds: Array | int, ints: tuple, float
 
     def rest(rounds: Array, start: tuple | Array, of: Callable[[Array], tuple | Array]) -> tuple | Array:
         add = partial(jax.tree.map, jnp.add)
-        return jax.lax.fori_loop(1, rounds, lambda r, total: add(total, of(r)), start)
+        with jax.named_scope(FURTHER_ROUNDS):
+            return jax.lax.fori_loop(1, rounds, lambda r, total: add(total, of(r)), start)
 
     @jax.custom_vjp
     def total(rounds: Array, ints: tuple, floats: tuple) -> Array:

@@ -62,11 +62,13 @@ linear.defvjp(_linear_forward, _linear_backward)
 class Mlp(nnx.Module):
     """SwiGLU weights of `layers` stacked layers."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, layers: int, width: int, dtype: DTypeLike) -> None:
+    def __init__(
+        self, rngs: nnx.Rngs, config: ModelConfig, layers: int, width: int, dtype: DTypeLike, axis: str = "mlp"
+    ) -> None:
         d, s = config.hidden_size, config.initializer_range
-        self.gate = weight(rngs, (layers, d, width), ("layers", "width", "mlp"), s, dtype)
-        self.up = weight(rngs, (layers, d, width), ("layers", "width", "mlp"), s, dtype)
-        self.down = weight(rngs, (layers, width, d), ("layers", "mlp", "width"), s, dtype)
+        self.gate = weight(rngs, (layers, d, width), ("layers", "width", axis), s, dtype)
+        self.up = weight(rngs, (layers, d, width), ("layers", "width", axis), s, dtype)
+        self.down = weight(rngs, (layers, width, d), ("layers", axis, "width"), s, dtype)
 
 
 def mlp(p: dict, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
@@ -262,4 +264,4 @@ def attend_cache(
 
 def rows(x: Array) -> Array:
     """Activations [B, T, ...] as they lie between layers."""
-    return constrain(x, "rows", "tokens", *(None,) * (x.ndim - 2))
+    return constrain(x, "rows", "residual", *(None,) * (x.ndim - 2))

@@ -62,13 +62,18 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
+def narrow(x: Array) -> Array:
+    """A low-rank projection of whole rows: made where the tokens lie between layers, and only then gathered."""
+    return constrain(constrain(x, "rows", "residual", None), "rows", "tokens", None) if x.ndim == 3 else x
+
+
 def _queries(
     p: dict, config: ModelConfig, x: Float[Array, "*n D"], cos: Float[Array, "*n half"], sin: Float[Array, "*n half"]
 ) -> tuple[Float[Array, "*n H nope"], Float[Array, "*n H rope"]]:
     if config.q_lora_rank is None:
         q = jnp.einsum("...d,dhe->...he", x, p["q"])
     else:
-        low = rms_norm(x @ p["q_a"], p["q_a_norm"], config.rms_norm_eps)
+        low = narrow(rms_norm(x @ p["q_a"], p["q_a_norm"], config.rms_norm_eps))
         q = jnp.einsum("...d,dhe->...he", low, p["q_b"])
     nope, rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return nope, rotate(rope, cos, sin)
@@ -77,7 +82,7 @@ def _queries(
 def _latent(
     p: dict, config: ModelConfig, x: Float[Array, "*n D"], cos: Float[Array, "*n half"], sin: Float[Array, "*n half"]
 ) -> tuple[Float[Array, "*n c"], Float[Array, "*n rope"]]:
-    latent, rope = jnp.split(x @ p["kv_a"], [config.kv_lora_rank], axis=-1)
+    latent, rope = jnp.split(narrow(x @ p["kv_a"]), [config.kv_lora_rank], axis=-1)
     return rms_norm(latent, p["kv_a_norm"], config.rms_norm_eps), rotate(rope[..., None, :], cos, sin)[..., 0, :]
 
 
@@ -130,7 +135,10 @@ def decode(
     q = jnp.concatenate([jnp.einsum("bhn,chn->bhc", q_nope, p["k_b"]), q_rope], -1)
     q, new = (pad_last(a, cache["latent"].shape[-1]) for a in (q, new))
     stored = write_cache(cache["latent"], new, positions, LENGTH_AXIS)
+    # A device has some heads of its rows' queries and needs all heads of its own slots'; what is read goes back.
+    q = constrain(constrain(q, "rows", "heads", None), "slots", None, None)
     read = READ[path](q, stored, lengths, config.kv_lora_rank, softmax_scale(config)).astype(x.dtype)
+    read = constrain(constrain(read, "slots", None, None), "rows", "heads", None)
     out = jnp.einsum("bhc,chv->bhv", read, p["v_b"])
     return jnp.einsum("bhv,hvd->bd", out, p["o"]), {"latent": stored}
 
@@ -150,16 +158,15 @@ def read_plain(
 def read_kernel(
     q: Float[Array, "B H w"], stored: Float[Array, "B S w"], lengths: Int[Array, "B"], rank: int, scale: float
 ) -> Float[Array, "B H c"]:
-    """The same by the TPU kernel, each device for its own slots and heads; interpreted where there is no TPU."""
+    """The same by the TPU kernel, each device for its own slots; interpreted where there is no TPU."""
     from r1jax.model.kernels.mla_decode import mla_decode  # here, since Pallas takes a second to import
 
     interpret = sharding.platform() != "tpu"
     run = partial(mla_decode, rank=rank, scale=scale, interpret=interpret)
     layout = sharding.current()
     if layout is not None:
-        heads, cache, slots = (layout.spec(axes) for axes in (("rows", "heads", None), CACHE_AXES["latent"], ("rows",)))
-        specs = heads, cache, slots
-        run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+        here = layout.spec(("slots",))
+        run = jax.shard_map(run, mesh=layout.mesh, in_specs=(here,) * 3, out_specs=here, check_vma=False)
     return run(q.astype(stored.dtype), stored, lengths)
 
 
@@ -172,4 +179,4 @@ def empty_cache(config: ModelConfig, slots: int, length: int, dtype: DTypeLike) 
 
 
 LENGTH_AXIS = 1  # of the cache array
-CACHE_AXES = {"latent": ("rows", None, None)}
+CACHE_AXES = {"latent": ("slots", None, None)}

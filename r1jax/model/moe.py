@@ -18,6 +18,7 @@ from r1jax.model.experts import experts_local
 from r1jax.model.layers import Mlp, mlp, weight, zeros
 
 Axes = tuple[str, ...]  # of the mesh
+EXPERTS = "gate", "up", "down"  # weights of the routed experts
 
 
 class Moe(nnx.Module):
@@ -29,11 +30,11 @@ class Moe(nnx.Module):
         self.router = weight(rngs, (layers, d, e), ("layers", "width", None), s, jnp.float32)
         if c.router_bias:
             self.router_bias = zeros((layers, e), ("layers", None), jnp.float32)
-        self.gate = weight(rngs, (layers, e, d, f), ("layers", "experts", "width", "mlp"), s, dtype)
-        self.up = weight(rngs, (layers, e, d, f), ("layers", "experts", "width", "mlp"), s, dtype)
-        self.down = weight(rngs, (layers, e, f, d), ("layers", "experts", "mlp", "width"), s, dtype)
+        self.gate = weight(rngs, (layers, e, d, f), ("layers", "experts", "expert_width", None), s, dtype)
+        self.up = weight(rngs, (layers, e, d, f), ("layers", "experts", "expert_width", None), s, dtype)
+        self.down = weight(rngs, (layers, e, f, d), ("layers", "experts", None, "expert_width"), s, dtype)
         if c.n_shared_experts:
-            self.shared = Mlp(rngs, c, layers, c.n_shared_experts * f, dtype)
+            self.shared = Mlp(rngs, c, layers, c.n_shared_experts * f, dtype, "shared_mlp")
 
 
 def route(
@@ -68,18 +69,15 @@ def _routed(
     config: ModelConfig,
     paths: Paths,
     held: Axes,
-    split: Axes,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
     """Routed experts for the tokens at hand, and the experts chosen; within a mesh what one device does.
 
-    Experts are spread over the mesh axes `held`, and over the axes `split` each expert's width.
+    Experts are spread over the mesh axes `held`.
     """
     ids, gates = route(p, config, x, replay)
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, ids, gates))
-    weights = p["gate"], p["up"], p["down"]
+    weights = tuple(p[name] for name in EXPERTS)
     y = experts_apart(*flat, weights, held, config, paths) if held else experts_local(*flat, *weights)
-    if split:
-        y = jax.lax.psum(y, split)
     return y.reshape(x.shape), ids
 
 
@@ -89,18 +87,21 @@ def moe(
     x: Float[Array, "B T D"],
     replay: Int[Array, "B T K"] | None = None,
     paths: Paths = DEFAULT_PATHS,
+    axes: tuple[str | None, str | None] = ("rows", "residual"),
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
-    """Routed experts plus shared ones; also the experts chosen."""
+    """Routed experts plus shared ones; also the experts chosen.
+
+    Args:
+        axes: logical axes of B and T, over all of which devices have tokens of their own for the experts.
+    """
     layout = sharding.current()
-    held, split = (layout.mesh_axes("experts"), layout.mesh_axes("mlp")) if layout else ((), ())
-    run = partial(_routed, config=config, paths=paths, held=held, split=split)
+    held = layout.mesh_axes("experts") if layout else ()
+    run = partial(_routed, config=config, paths=paths, held=held)
     routed = {name: w for name, w in p.items() if name != "shared"}
     if layout:
         # Routing too is each device's own business: left to the partitioner, top_k gathers the scores of all rows.
-        here = PartitionSpec(*layout.spec(("rows", "tokens")), None)
-        w_in = PartitionSpec(held or None, None, split or None)
-        lies = dict.fromkeys(routed, PartitionSpec()) | {"gate": w_in, "up": w_in}
-        lies["down"] = PartitionSpec(held or None, split or None, None)
+        here = PartitionSpec(*layout.spec(axes), None)
+        lies = dict.fromkeys(routed, PartitionSpec()) | dict.fromkeys(EXPERTS, PartitionSpec(held or None))
         specs = lies, here, None if replay is None else here
         run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=(here, here), check_vma=False)
     y, ids = run(routed, x, replay)

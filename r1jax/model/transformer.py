@@ -9,10 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model import gqa, mla, vocabulary
+from r1jax.model.blockwise import ATTENDED
 from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.layers import Mask, Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
 from r1jax.model.lora import of_layer
@@ -28,6 +30,8 @@ REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # What attention read and what it gave: a few numbers a token, which cost the most where rows are long.
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
 }
 
 
@@ -114,7 +118,7 @@ def _layer(
     a, kept = ATTENTION[config.attention].attention(
         p["attn"], config, rms_norm(x, p["attn_norm"], config.rms_norm_eps), positions, mask
     )
-    x = rows(x + a)
+    x = checkpoint_name(rows(x + a), ATTENDED)
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     y, ids = moe(p["mlp"], config, h, replay, paths) if "router" in p["mlp"] else (mlp(p["mlp"], h), None)
     return rows(x + y), kept, ids
@@ -273,8 +277,8 @@ def decode_step(
             x = x + a
             h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
             if "router" in p["mlp"]:
-                y, ids = moe(p["mlp"], config, h[:, None], None, paths)
-                x, chosen = x + y[:, 0], [*chosen, ids[:, 0]]
+                y, ids = moe(p["mlp"], config, h[:, None], None, paths, ("slots", None))
+                x, chosen = x + constrain(y[:, 0], "rows", None), [*chosen, ids[:, 0]]
             else:
                 x = x + mlp(p["mlp"], h)
     return rms_norm(x, params["norm"], config.rms_norm_eps), cache, jnp.stack(chosen) if chosen else None

@@ -140,7 +140,7 @@ def make_row(
     text = compiled.as_text()
     if how.texts:
         hosts.atomic_write(f"{how.texts}/{layout.replace('/', '_')}.{program.name}.txt", text)
-    cost = estimate.cost(text, topology, mesh, program.trips)
+    cost = estimate.cost(text, topology, mesh, program.trips, program.shares)
     peak = topology.chip.peak * mesh.size
     mfu = program.flops / (cost.seconds * peak) if cost.seconds else 0.0
     assert mfu < 1, f"{layout} {program.name}: {mfu:.0%} of the peak, so the estimate is wrong"

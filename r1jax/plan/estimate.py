@@ -7,15 +7,24 @@ the compiler has no estimate, is taken at a stated share of the peaks.
 
 import dataclasses
 import re
+import types
+from collections.abc import Mapping
 
 import jax
 
+from r1jax.model.experts import FURTHER_ROUNDS
 from r1jax.plan import hlo, interconnect
 from r1jax.plan.topology import Topology
 
 KERNEL_COMPUTE = 0.5  # of the bfloat16 peak, which is about what jax's splash attention is reported to reach
 KERNEL_MEMORY = 0.8  # of the memory's bandwidth
 
+
+# Kernels whose grid depends on the data, by their names: attention over packed rows skips pairs of blocks that read
+# nothing of each other (model/kernels/flash.py), a grouped product the rows that are room for an uneven share.
+KERNELS = {"attention": r"/(forward|queries|keys)_kernel/", "grouped": r"ragged-dot-|/gmm/"}
+Shares = Mapping[str, float]
+NONE: Shares = types.MappingProxyType({})
 
 Wire = tuple[str, str, float, float]  # kind of a collective, mesh axes, bytes, seconds
 
@@ -54,20 +63,24 @@ class Cost:
         self.open_loops += other.open_loops
 
 
-def cost(text: str, topology: Topology, mesh: jax.sharding.Mesh, open_trips: int) -> Cost:
+def cost(text: str, topology: Topology, mesh: jax.sharding.Mesh, open_trips: int, shares: Shares = NONE) -> Cost:
     """The cost of a program.
 
     Args:
         text: as `Compiled.as_text()` gives it.
         mesh: over whose devices it was compiled, in their order.
         open_trips: of each outermost loop whose length only the data says.
+        shares: of the work that a kind of kernel is compiled for, what it has to do: see KERNELS.
     """
-    return _Player(hlo.parse(text), topology, mesh, open_trips).entry()
+    return _Player(hlo.parse(text), topology, mesh, open_trips, shares).entry()
 
 
 class _Player:
-    def __init__(self, module: hlo.Module, topology: Topology, mesh: jax.sharding.Mesh, open_trips: int) -> None:
-        self.module, self.topology, self.mesh, self.open_trips = module, topology, mesh, open_trips
+    def __init__(
+        self, module: hlo.Module, topology: Topology, mesh: jax.sharding.Mesh, open_trips: int, shares: Shares
+    ) -> None:
+        self.module, self.topology, self.mesh = module, topology, mesh
+        self.open_trips, self.shares = open_trips, shares
         self.flat = list(mesh.devices.flat)
         self.known: dict[tuple[str, bool], Cost] = {}
 
@@ -127,7 +140,7 @@ class _Player:
         return out
 
     def _loop(self, out: Cost, loop: hlo.Instruction, is_outermost: bool) -> float:
-        times = hlo.trips(self.module, loop)
+        times = 0 if FURTHER_ROUNDS in loop.rest else hlo.trips(self.module, loop)
         is_open = times is None
         if is_open:
             times = self.open_trips if is_outermost else 1
@@ -137,12 +150,15 @@ class _Player:
         return times * body.seconds
 
     def _kernel(self, out: Cost, call: hlo.Instruction) -> float:
+        if call.name.startswith("ragged-dot-metadata"):  # counts a few integers for the products after it
+            return 0.0
         priced = hlo.kernel_cost(call)
         if priced is None:
             out.unpriced += 1
             return 0.0
         chip = self.topology.chip
-        took = max(priced[0] / (KERNEL_COMPUTE * chip.peak), priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth))
+        share = next((self.shares.get(kind, 1.0) for kind, name in KERNELS.items() if re.search(name, call.rest)), 1.0)
+        took = share * max(priced[0] / (KERNEL_COMPUTE * chip.peak), priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth))
         out.kernel_s += took
         return took
 
@@ -176,15 +192,12 @@ class _Player:
             size = max(sizes) if kind in ("collective-permute", "all-gather") and len(sizes) <= 4 else size
         elif kind == "reduce-scatter" and i.opcode == "reduce-scatter":
             size *= len(members[0])
-        group = members[0]
+        groups = [[self.flat[n] for n in group] for group in members]
         if kind == "collective-permute":
-            group = max(members, key=lambda pair: self._distance(pair))
-        took = interconnect.seconds(self.topology, kind, size, [self.flat[n] for n in group])
-        return kind, interconnect.axes(self.mesh, group), size, took
-
-    def _distance(self, pair: list[int]) -> int:
-        a, b = (self.flat[n].coords for n in pair)
-        return sum(abs(p - q) for p, q in zip(a, b, strict=True))
+            took = interconnect.permute_seconds(self.topology, size, groups)
+        else:
+            took = interconnect.seconds(self.topology, kind, size, groups[0])
+        return kind, interconnect.axes(self.mesh, members[0]), size, took
 
     @staticmethod
     def _count(out: Cost, wire: Wire) -> float:

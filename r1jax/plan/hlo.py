@@ -147,13 +147,18 @@ def _step(body: list[Instruction], compare: Instruction, scope: dict[str, Instru
     results = root.arguments
     if root.opcode != "tuple" or int(found[1]) >= len(results):
         return None
-    new = local.get(results[int(found[1])])
-    while new is not None and new.opcode in ("copy", "bitcast"):
-        new = local.get(new.arguments[0])
+
+    def behind_copies(name: str) -> Instruction | None:
+        found = local.get(name)
+        while found is not None and found.opcode in ("copy", "bitcast"):
+            found = local.get(found.arguments[0])
+        return found
+
+    new = behind_copies(results[int(found[1])])
     if new is None or new.opcode != "add":
         return None
-    values = [_constant(local[name]) for name in new.arguments if name in local]
-    return next((n for n in values if n), None)
+    addends = [behind_copies(name) for name in new.arguments]
+    return next((n for n in (_constant(a) for a in addends if a) if n), None)
 
 
 def groups(rest: str) -> list[list[int]]:

@@ -5,6 +5,7 @@ latency: a gather of n bytes takes n over the links a chip has into the group; a
 the links in the middle of its longest dimension. Groups that interleave along a dimension share its links.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -62,11 +63,29 @@ def seconds(topology: Topology, kind: str, size: float, group: Sequence[jax.Devi
     if kind in ("all-to-all", "ragged-all-to-all"):
         worst = max(s.places * s.stride / (8 if s.is_ring else 4) for s in over)
         return size * worst / topology.chip.link + hops
-    if kind == "collective-permute":
-        far = max(s.stride * (1 if s.places == 2 or s.is_ring else s.places - 1) for s in over)
-        return size * far / topology.chip.link + LATENCY_S
     times = 2 if kind == "all-reduce" else 1
     return times * (size * (n - 1) / n / _gather_bandwidth(topology, over) + hops)
+
+
+def permute_seconds(topology: Topology, size: float, pairs: Sequence[tuple[jax.Device, jax.Device]]) -> float:
+    """Time of a collective-permute that sends `size` bytes along every pair: that of its busiest link.
+
+    Messages go the shorter way round, one dimension after the other.
+    """
+    if any(getattr(a, "slice_index", 0) != getattr(b, "slice_index", 0) for a, b in pairs):
+        return size / topology.chip.dcn
+    load: collections.Counter[tuple] = collections.Counter()
+    for a, b in pairs:
+        at = list(a.coords)
+        for dimension, n in enumerate(topology.shape):
+            ahead = b.coords[dimension] - at[dimension]
+            if topology.wraps(dimension) and abs(ahead) > n / 2:
+                ahead -= math.copysign(n, ahead)
+            step = int(math.copysign(1, ahead))
+            for _ in range(abs(int(ahead))):
+                load[*at, dimension, step] += 1
+                at[dimension] = (at[dimension] + step) % n
+    return size * max(load.values(), default=0) / topology.chip.link + LATENCY_S
 
 
 def axes(mesh: jax.sharding.Mesh, group: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from r1jax import flops, reinforce, run, sharding
 from r1jax.model import lora, transformer
 from r1jax.model.config import ModelConfig
+from r1jax.model.kernels import flash
 from r1jax.sampler import buckets
 
 Tree = Any  # of jax.ShapeDtypeStruct, each with its sharding
@@ -35,6 +36,7 @@ class Program:
         beside: what else lies on the devices, by kind.
         gives: of what it computes, what has a kind of its own.
         tokens: it reads or writes in one call.
+        shares: see estimate.cost.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Program:
     takes: dict[str, Tree]
     beside: dict[str, Tree]
     gives: dict[str, Tree] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,11 @@ def loop(config: Any, model: ModelConfig, layouts: dict[str, sharding.Layout], l
     )
 
 
+def _grouped(made: reinforce.Programs, layout: sharding.Layout) -> dict[str, float]:
+    """Of the rows that experts have room for, those that come."""
+    return {"grouped": 1 / made.verbs.paths.expert_slack if layout.size("experts") > 1 else 1.0}
+
+
 def _rollout(
     config: Any,
     policy: run.Policy,
@@ -188,6 +196,7 @@ def _rollout(
             tokens=n_rows * prompt_length,
             takes={"weights": weights},
             beside={**always, "cache": slots[filled]},
+            shares=_grouped(made, layout),
         ),
         Program(
             "insert",
@@ -224,6 +233,7 @@ def _rollout(
             tokens=n_slots * sizes.tokens_per_dispatch,
             takes={"weights": weights, "cache": slots[lengths[-1]]},
             beside=always,
+            shares=_grouped(made, layout),
         )
     )
     return programs
@@ -247,6 +257,8 @@ def _training(
     read = trips * shape.rows * shape.row_tokens
     keys = min(load.completion_tokens + load.prompt_tokens, shape.row_tokens) / 2
     work = flops.forward(model, tokens, keys)
+    # Sequences taken to be alike; of blocks of keys, which are read whole, half of one is in vain on average.
+    shares = {"attention": min(1.0, (2 * keys + flash.KEYS) / shape.row_tokens), **_grouped(made, layout)}
     n = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
     flag = jax.ShapeDtypeStruct((), jnp.bool_, sharding=layout.sharding())
     batches = [batch] * settings.minibatches  # all of a rollout are packed before the first update
@@ -273,6 +285,7 @@ def _training(
                 trips=trips,
                 flops=work,
                 tokens=read,
+                shares=shares,
                 takes={kept: always[kept], **frozen, "batch": unscored},
                 beside=beside(kept, "frozen"),
             )
@@ -285,6 +298,7 @@ def _training(
             trips=trips,
             flops=flops.BACKWARD * work,
             tokens=read,
+            shares=shares,
             takes={"parameters": state["policy"], "optimizer": state["optim"], **frozen, "batch": batch},
             beside=beside("parameters", "optimizer", "frozen"),
             gives={"gradients": jax.tree.map(_float32, state["policy"])},

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
-from r1jax.model.blockwise import NEVER, Reading, may_meet, whole_blocks
+from r1jax.model.blockwise import ATTENDED, NEVER, Reading, may_meet, whole_blocks
 
 QUERIES, KEYS = 512, 1024  # tokens of a block
 VMEM_BYTES = 64 * 2**20  # of 128 MB that v5e, v5p and v6e have
@@ -267,7 +268,8 @@ def _forward(q, k, v, reading, scale, blocks, interpret):  # noqa: ANN001, ANN20
     results = [("queries", w, v.dtype), ("row", 1, jnp.float32)]
     scratch = [(1, blocks[0]), (1, blocks[0]), (w, blocks[0])]
     products = q.shape[-1] + w
-    out, lse = _call(_forward_kernel, False, reading, (q, k, v), results, scratch, products, scale, blocks, interpret)
+    found = _call(_forward_kernel, False, reading, (q, k, v), results, scratch, products, scale, blocks, interpret)
+    out, lse = (checkpoint_name(a, ATTENDED) for a in found)
     return out, (q, k, v, reading, out, lse)
 
 
