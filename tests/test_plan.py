@@ -12,6 +12,7 @@ import pytest
 from tiny import DEEPSEEK, QWEN, QWEN_MOE
 
 from r1jax import flops, placement, sharding
+from r1jax.model import transformer
 from r1jax.plan import account, compare, estimate, hlo, interconnect, layout, programs, table, topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -366,6 +367,25 @@ def asked(**changed) -> compare.Asked:
             "programs": (), "completion_tokens": 100, "prompt_tokens": 20, **changed,
         }
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "wanted"),
+    [
+        ("deepseek_v3", 1024, "fsdp4-expert16-tensor16"),
+        ("qwen3_30b_a3b", 64, "fsdp8-expert8"),
+        ("qwen2_5_7b", 16, "fsdp16"),
+    ],
+)
+def test_a_search_tries_layouts_that_divide(model, devices, wanted):
+    config = compare.model_config(model)
+    found = compare.sensible(config, devices)
+    assert wanted in found and len(found) > 2
+    for name in found:
+        sizes, _ = layout.parse(name, devices)
+        mesh = types.SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in sharding.AXES})
+        spread = sharding.Layout(mesh, sharding.TRAIN)
+        sharding.check_divides(transformer.logical_axes(config), transformer.shapes(config), spread)
 
 
 def test_an_unknown_model_lists_the_known(monkeypatch):

@@ -55,20 +55,20 @@ def model_config(name: str) -> ModelConfig:
 
 
 def sensible(model: ModelConfig, devices: int) -> list[str]:
-    """Layouts worth a try: tensor within a ring of eight at most, experts as far as they divide, fsdp for the rest."""
-    tensors = [n for n in (1, 2, 4, 8) if devices % n == 0 and model.num_attention_heads % n == 0]
+    """Layouts worth a try: tensor to sixteen at most, experts as far as they divide, fsdp for the rest."""
+    tensors = [n for n in (1, 2, 4, 8, 16) if devices % n == 0 and model.num_attention_heads % n == 0]
     if model.attention == "gqa":
         tensors = [n for n in tensors if model.num_key_value_heads % n == 0]
-    experts = [1]
-    if model.n_moe:
-        experts = [n for n in (8, 16, 32, 64) if devices % n == 0 and model.n_routed_experts % n == 0] or [1]
+    experts = [n for n in (8, 16, 32, 64) if devices % n == 0] if model.n_moe else [1]
     _, fsdp_axis, expert_axis, _, tensor_axis = sharding.AXES
     found = []
     for tensor in tensors:
         for expert in experts:
-            rest, left = divmod(devices, tensor * expert)
-            if rest and not left and model.hidden_size % rest == 0:
-                found.append(layout_names.spell({fsdp_axis: rest, expert_axis: expert, tensor_axis: tensor}))
+            fsdp, left = divmod(devices, tensor * expert)
+            # As the rules of sharding.TRAIN spread experts and widths.
+            spread = model.n_moe == 0 or model.n_routed_experts % (expert * tensor) == 0
+            if fsdp and not left and spread and model.hidden_size % (fsdp * expert) == 0:
+                found.append(layout_names.spell({fsdp_axis: fsdp, expert_axis: expert, tensor_axis: tensor}))
     return found
 
 
