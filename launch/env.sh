@@ -21,6 +21,7 @@ if [[ -z ${LIBTPU_INIT_ARGS:-} ]]; then
     --xla_tpu_enable_async_collective_fusion_multiple_steps=true
     --xla_tpu_overlap_compute_collective_tc=true
     --xla_enable_async_all_gather=true
+    --xla_tpu_enable_async_all_to_all=true
     # Between slices: the sums of gradients of the data axis over DCN, of any sizes together.
     --xla_tpu_enable_data_parallel_all_reduce_opt=true
     --xla_tpu_data_parallel_opt_different_sized_ops=true

@@ -46,9 +46,9 @@ def and_slowly_the_rest(quick: list[tuple]) -> list:
 
 
 def paths_of(mesh: jax.sharding.Mesh) -> Paths:
-    """Of experts, single axes take one way and mixtures the other, with so little room that tokens go in turns."""
+    """Of experts, single axes take one way and mixtures the other, in two parts and with so little room that tokens go in turns."""
     mixed = sum(n > 1 for n in mesh.shape.values()) > 1
-    return Paths(expert_exchange="all_to_all", expert_slack=0.5) if mixed else Paths(expert_exchange="gather")
+    return Paths(expert_exchange="all_to_all", expert_slack=0.5, expert_chunks=2) if mixed else Paths()
 
 
 def name(value: ModelConfig | dict) -> str:
@@ -91,7 +91,7 @@ def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dic
 
 def sampled(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[tuple[int, int], Any]:
     """Tokens and log-probabilities of eight completions."""
-    slots = max(8, layout.size("rows"))
+    slots = max(8, layout.size("slots"))
     sizes = SamplerConfig(slots=slots, tokens_per_dispatch=LIMIT, cache_bucket=32, prefill_prompts=slots)
     verbs = Verbs(config, sizes, DrawConfig(), layout, [7], paths=paths_of(layout.mesh))
     verbs.prefill, verbs.insert, verbs.generate = jit(verbs.prefill), jit(verbs.insert), jit(verbs.generate)

@@ -49,6 +49,9 @@ def spread(x: Float[Array, "n D"], source: Int[Array, "r"], target: Int[Array, "
 def gather_sum(rows: Float[Array, "r D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "n D"]:
     """Of each token the sum of its copies: the transpose of `spread`."""
     del source
+    if rows.shape[0] < target.shape[0]:  # most tokens have no copy here: one product is less than K passes over all
+        is_of = (target[:, :, None] == jnp.arange(rows.shape[0])).any(1).astype(rows.dtype)
+        return jnp.matmul(is_of, rows, preferred_element_type=jnp.float32).astype(rows.dtype)
     start = jnp.zeros((target.shape[0], rows.shape[1]), rows.dtype)
 
     # One copy after the other: all at once they would be K times the tokens.

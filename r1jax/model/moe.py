@@ -106,7 +106,8 @@ def moe(
         run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=(here, here), check_vma=False)
     y, ids = run(routed, x, replay)
     if "shared" in p:
-        y = y + mlp(p["shared"], x)
+        # Decoding splits the weights and not the rows: else they would be gathered for each step.
+        y = y + mlp(p["shared"], sharding.constrain(x, "rows", "residual" if axes[1] else None, None))
     return y, ids
 
 

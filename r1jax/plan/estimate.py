@@ -1,14 +1,15 @@
 """The time of a compiled program: its schedule played through, compute against interconnect. Everything is an estimate.
 
 Compute is the compiler's own estimate of cycles. A collective that runs beside compute (a start, and a done later)
-costs only what is left of it when its result is wanted; all of them share one interconnect. A Pallas kernel, for which
-the compiler has no estimate, is taken at a stated share of the peaks.
+costs only what is left of it when its result is wanted; all of them share one interconnect. A kernel, for which the
+compiler has no estimate, is taken at a share of the peaks: our own at what its schedule gives.
 """
 
 import dataclasses
 import re
 import types
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -16,13 +17,36 @@ from r1jax.model.experts import FURTHER_ROUNDS
 from r1jax.plan import hlo, interconnect
 from r1jax.plan.topology import Topology
 
-KERNEL_COMPUTE = 0.5  # of the bfloat16 peak, which is about what jax's splash attention is reported to reach
-KERNEL_MEMORY = 0.8  # of the memory's bandwidth
+KERNEL_MEMORY = 0.8  # of the memory's bandwidth: our round number
+KERNEL_COMPUTE = 0.5  # of the bfloat16 peak, where no schedule was counted: our round number
 
 
-# Kernels whose grid depends on the data, by their names: attention over packed rows skips pairs of blocks that read
-# nothing of each other (model/kernels/flash.py), a grouped product the rows that are room for an uneven share.
-KERNELS = {"attention": r"/(forward|queries|keys)_kernel/", "grouped": r"ragged-dot-|/gmm/"}
+class Kernel(NamedTuple):
+    """A kernel by its name in the program's text.
+
+    Attributes:
+        share: in the `shares` of a program, of the work that it is compiled for, what it has to do.
+        compute: of the peak; counted bundles of the compiler's schedule for v5p (python -m tests.bench.kernels).
+    """
+
+    name: str
+    share: str
+    compute: float
+
+
+# Their grids depend on the data: attention over packed rows skips pairs of blocks that read nothing of each other
+# (model/kernels/flash.py), a grouped product the rows that are only room for an uneven share.
+KERNELS = (
+    Kernel("/forward_kernel/", "attention", 0.53),
+    Kernel("/queries_kernel/", "attention", 0.68),
+    Kernel("/keys_kernel/", "attention", 0.73),
+    Kernel("/mla_decode/", "", 0.80),
+    Kernel("ragged-dot-", "grouped", KERNEL_COMPUTE),
+    Kernel("/gmm/", "grouped", KERNEL_COMPUTE),
+)
+OTHER = Kernel("", "", KERNEL_COMPUTE)
+
+
 Shares = Mapping[str, float]
 NONE: Shares = types.MappingProxyType({})
 
@@ -157,8 +181,9 @@ class _Player:
             out.unpriced += 1
             return 0.0
         chip = self.topology.chip
-        share = next((self.shares.get(kind, 1.0) for kind, name in KERNELS.items() if re.search(name, call.rest)), 1.0)
-        took = share * max(priced[0] / (KERNEL_COMPUTE * chip.peak), priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth))
+        kernel = next((k for k in KERNELS if k.name in call.rest), OTHER)
+        took = max(priced[0] / (kernel.compute * chip.peak), priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth))
+        took *= self.shares.get(kernel.share, 1.0)
         out.kernel_s += took
         return took
 
@@ -185,7 +210,8 @@ class _Player:
             members = [pair for pair in members if pair[0] != pair[1]]
         if not members:
             members = [list(range(len(self.flat)))]
-        sizes = hlo.shape_bytes(i.shape)
+        # Of an asynchronous collective the type also names its handles, which do not travel.
+        sizes = hlo.shape_bytes(re.sub(r"\bu32\[\]", "", i.shape) if i.opcode.endswith("-start") else i.shape)
         size = sum(sizes)
         if i.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results[, ...])
             size = sum(sizes[: len(sizes) // 2]) if kind == "reduce-scatter" else sum(sizes[len(sizes) // 2 :])
