@@ -259,6 +259,7 @@ class Verbs:
                 )
                 return step + 1, self._lay(s), out
 
+            params = transformer.layers_apart(params)
             start = dataclasses.replace(slots, is_free=slots.is_free | cancel)
             _, slots, drawn = jax.lax.while_loop(more, body, (jnp.int32(0), self._lay(start), drawn))
             return slots, drawn

@@ -37,7 +37,7 @@ def test_experts_apart_are_experts_at_hand(sizes: dict[str, int], exchange: str,
 
     run = jit(both, static_argnums=(2, 3))
     want = run(p, x, None, Paths())
-    got = run(p, x, layout, Paths(expert_exchange=exchange, expert_slack=slack, expert_chunks=2))
+    got = run(p, x, layout, Paths(expert_exchange=exchange, expert_slack=slack))
     assert np.abs(want[0]).max() > 0.1
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), got, want)
 

@@ -46,9 +46,9 @@ def and_slowly_the_rest(quick: list[tuple]) -> list:
 
 
 def paths_of(mesh: jax.sharding.Mesh) -> Paths:
-    """Of experts, single axes take one way and mixtures the other, in two parts and with so little room that tokens go in turns."""
+    """Of experts, single axes take one way, and mixtures the other with so little room that tokens go in turns."""
     mixed = sum(n > 1 for n in mesh.shape.values()) > 1
-    return Paths(expert_exchange="all_to_all", expert_slack=0.5, expert_chunks=2) if mixed else Paths()
+    return Paths(expert_exchange="all_to_all", expert_slack=0.5) if mixed else Paths()
 
 
 def name(value: ModelConfig | dict) -> str:

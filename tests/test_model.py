@@ -42,9 +42,11 @@ def test_prefill_and_decode_are_the_full_forward(config: ModelConfig) -> None:
         where = (slice(None),) * axis + (slice(0, 5),)
         cache = jax.tree.map(lambda old, new: old.at[where].set(new), empty, read)
 
+        apart = transformer.layers_apart(params)
+
         def step(cache, j):
             at = prompts + j
-            x, cache, experts = transformer.decode_step(params, config, tokens[jnp.arange(3), at], cache, at)
+            x, cache, experts = transformer.decode_step(apart, config, tokens[jnp.arange(3), at], cache, at)
             return cache, (transformer.logits(params, x), experts)
 
         return transformer.logits(params, full.x), full.experts, jax.lax.scan(step, cache, jnp.arange(steps))[1]

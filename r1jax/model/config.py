@@ -37,14 +37,11 @@ class Paths:
     attention: str = "auto"
     expert_exchange: str = "gather"  # how tokens reach experts on other devices (model/exchange.py)
     expert_slack: float = 1.5  # room for what comes from there, in multiples of the mean
-    expert_chunks: int = 1  # parts in which a device's tokens go, one on its way while another is computed
 
     def __post_init__(self) -> None:
         for key, choices in (("attention", ATTENTION_PATHS), ("expert_exchange", EXPERT_EXCHANGES)):
             if (value := getattr(self, key)) not in choices:
                 raise ValueError(f"config.model.{key} is {value!r}, wanted one of {', '.join(choices)}")
-        if self.expert_chunks < 1:
-            raise ValueError(f"config.model.expert_chunks is {self.expert_chunks}, wanted 1 or more")
         if not self.expert_slack > 0:
             raise ValueError(f"config.model.expert_slack is {self.expert_slack}, wanted above 0")
 

@@ -6,8 +6,6 @@
 devices. What finds no place goes in a further round, so that none is dropped.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -25,10 +23,10 @@ def peers_per_token(config: ModelConfig, peers: int) -> int:
 
 
 def _gather(
-    x: Array, ids: Array, gates: Array, weights: Weights, held: tuple[str, ...], config: ModelConfig, paths: Paths
+    x: Array, ids: Array, gates: Array, weights: Weights, held: tuple[str, ...], config: ModelConfig, slack: float
 ) -> Array:
     del config
-    room = int(paths.expert_slack * ids.size)
+    room = int(slack * ids.size)
     x, ids, gates = (jax.lax.all_gather(a, held, axis=0, tiled=True) for a in (x, ids, gates))
     y = experts_some(x, ids - jax.lax.axis_index(held) * weights[0].shape[0], gates, weights, room)
     return jax.lax.psum_scatter(y, held, scatter_dimension=0, tiled=True)
@@ -42,17 +40,13 @@ def _first_of_peer(peer: Int[Array, "n K"]) -> Bool[Array, "n K"]:
 
 
 def _all_to_all(
-    x: Array, ids: Array, gates: Array, weights: Weights, held: tuple[str, ...], config: ModelConfig, paths: Paths
+    x: Array, ids: Array, gates: Array, weights: Weights, held: tuple[str, ...], config: ModelConfig, slack: float
 ) -> Array:
-    (n, k), slack, chunks = ids.shape, paths.expert_slack, paths.expert_chunks
+    n, k = ids.shape
     each, peers = weights[0].shape[0], jax.lax.axis_size(held)
     places = -(-int(slack * n * peers_per_token(config, peers)) // (peers * 8)) * 8
     if places >= n:  # as in decoding: every peer would get all tokens, and a gather takes more of a torus's links
-        return _gather(x, ids, gates, weights, held, config, paths)
-    if chunks > 1 and n % chunks == 0:
-        once = dataclasses.replace(paths, expert_chunks=1)
-        parts = zip(*(jnp.split(a, chunks) for a in (x, ids, gates)), strict=True)
-        return jnp.concatenate([_all_to_all(*part, weights, held, config, once) for part in parts])
+        return _gather(x, ids, gates, weights, held, config, slack)
     room = int(slack * n * k)
     peer = ids // each
     goes = (peer[:, :, None] == jnp.arange(peers)).any(1).T  # [peers, n]
@@ -101,4 +95,4 @@ def experts_apart(
     paths: Paths,
 ) -> Float[Array, "n D"]:
     """Sum over each token's experts, spread over the mesh axes `held`, times their gates; what one device does."""
-    return EXCHANGES[paths.expert_exchange](x, ids, gates, weights, held, config, paths)
+    return EXCHANGES[paths.expert_exchange](x, ids, gates, weights, held, config, paths.expert_slack)

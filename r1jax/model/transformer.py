@@ -25,6 +25,8 @@ from r1jax.types import Params
 ATTENTION = {"mla": mla, "gqa": gqa}
 DECLARE_ATTENTION = {"mla": mla.Mla, "gqa": gqa.Gqa}
 
+STACKS = "dense", "moe"  # of layers of one kind, in their order
+
 # What the backward pass may keep of a layer; the rest is computed again.
 REMAT = {
     "none": None,
@@ -182,7 +184,7 @@ def hidden(
     mask = attention_mask(segments, segments if parents is None else parents, paths.attention)
     x = rows(params["embed"][tokens])
     outs = {}
-    for name in ("dense", "moe"):
+    for name in STACKS:
         if name in params:
             given = replay if name == "moe" else None
             x, outs[name] = _stack(
@@ -246,6 +248,14 @@ def next_token_hidden(
     return rms_norm(x, p["norm"], eps), out.get("load")
 
 
+def layers_apart(params: Params) -> Params:
+    """The weights with a list of its layers for each stack.
+
+    Taken apart before a loop over tokens: within it, each step would copy what a kernel reads out of its stack.
+    """
+    return {name: _by_layer(p) if name in STACKS else p for name, p in params.items()}
+
+
 def decode_step(
     params: Params,
     config: ModelConfig,
@@ -261,6 +271,7 @@ def decode_step(
     Layers are unrolled and each has a cache of its own, updated in place: stacked, it would be copied every step.
 
     Args:
+        params: with the layers apart, as `layers_apart` gives them.
         live: slots whose result is wanted; the others read nothing of their cache.
         path: how the cache is read, a key of mla.READ.
     """
@@ -269,9 +280,8 @@ def decode_step(
     x = constrain(params["embed"][tokens], "rows", None)
     chosen = []
     cache = {name: list(layers) for name, layers in cache.items()}
-    for name in ("dense", "moe"):
-        for layer in range(params[name]["attn_norm"].shape[0] if name in params else 0):
-            p = jax.tree.map(lambda a, i=layer: a[i], params[name])
+    for name in STACKS:
+        for layer, p in enumerate(params.get(name, ())):
             h = rms_norm(x, p["attn_norm"], config.rms_norm_eps)
             a, cache[name][layer] = attention.decode(p["attn"], config, h, cache[name][layer], positions, lengths, path)
             x = x + a
