@@ -144,9 +144,10 @@ def put_rows(batch: dict[str, Any], layout: sharding.Layout) -> updates.Batch:
         ValueError: rows that do not divide over the devices that hold a part of each.
     """
     (tokens,) = {a.shape[2] for a in batch.values()}
-    if tokens % (parts := layout.size("tokens")):
+    if tokens % (parts := layout.size("residual")):
+        axes = " x ".join(f"config.mesh.{axis}" for axis in layout.mesh_axes("residual"))
         raise ValueError(
-            f"rows of {tokens} tokens do not divide over config.mesh.context ({parts}); change it or "
+            f"rows of {tokens} tokens do not divide over {axes} ({parts}); change it or "
             "config.rl.row_tokens, config.pretrain.row_tokens or config.sft.row_tokens"
         )
     lies = {name: layout.sharding(None, "rows", "tokens", *(None,) * (a.ndim - 3)) for name, a in batch.items()}

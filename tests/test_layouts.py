@@ -193,9 +193,13 @@ def test_an_impossible_mesh_names_the_key(sizes: dict[str, int], said: str) -> N
 
 
 def test_rows_that_do_not_divide_name_the_key() -> None:
-    layout = sharding.layouts(mesh_of({"context": 2}))["train"]
-    with pytest.raises(ValueError, match=r"rows of 25 tokens do not divide over config.mesh.context \(2\); change it"):
-        run.put_rows({"tokens": np.zeros((1, 4, 25), np.int32)}, layout)
+    for sizes, said in (
+        ({"context": 2}, r"config.mesh.context \(2\)"),
+        ({"context": 2, "tensor": 4}, r"context x .*\(8\)"),
+    ):
+        layout = sharding.layouts(mesh_of(sizes))["train"]
+        with pytest.raises(ValueError, match=f"rows of 25 tokens do not divide over .*{said}; change it"):
+            run.put_rows({"tokens": np.zeros((1, 4, 25), np.int32)}, layout)
 
 
 @pytest.mark.parametrize(
