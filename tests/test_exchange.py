@@ -9,6 +9,7 @@ import pytest
 from tiny import DEEPSEEK, jit, random_params
 
 from r1jax import sharding
+from r1jax.model import experts
 from r1jax.model.config import Paths
 from r1jax.model.exchange import peers_per_token
 from r1jax.model.moe import moe
@@ -17,11 +18,14 @@ COMPOSED = {"rtol": 1e-4, "atol": 1e-4}
 MESHES = [{"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}]
 
 
-# Several rounds, about one, so much room that all_to_all gathers instead.
-@pytest.mark.parametrize("slack", [0.2, 1.0, 8.0])
+# Several rounds, about one, so much room that all_to_all gathers instead; few rows are summed by a product.
+@pytest.mark.parametrize(("slack", "few"), [(0.2, 256), (1.0, 0), (8.0, 256)])
 @pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_experts_apart_are_experts_at_hand(sizes: dict[str, int], exchange: str, slack: float) -> None:
+def test_experts_apart_are_experts_at_hand(
+    sizes: dict[str, int], exchange: str, slack: float, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "FEW", few)
     p = jax.tree.map(lambda a: a[0], random_params(DEEPSEEK)["moe"]["mlp"])
     x, out = (np.random.default_rng(i).normal(size=(8, 48, 16)).astype(np.float32) for i in (1, 2))
     replay = np.full((8, 48, 2), -1)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from r1jax import sharding
 
 FURTHER_ROUNDS = "further_rounds"  # names loops that seldom have anything to do: r1jax.plan counts on that
+FEW = 256  # rows per copy: as many operations as a TPU does while it moves a token once through memory
 TILE = 512  # rows of megablox's tile on TPU; its other sides below
 TILE_SIDES = 1024, 1024
 
@@ -49,7 +50,7 @@ def spread(x: Float[Array, "n D"], source: Int[Array, "r"], target: Int[Array, "
 def gather_sum(rows: Float[Array, "r D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "n D"]:
     """Of each token the sum of its copies: the transpose of `spread`."""
     del source
-    if rows.shape[0] < target.shape[0]:  # most tokens have no copy here: one product is less than K passes over all
+    if rows.shape[0] <= FEW * target.shape[1]:  # one product is less than K passes over all tokens
         is_of = (target[:, :, None] == jnp.arange(rows.shape[0])).any(1).astype(rows.dtype)
         return jnp.matmul(is_of, rows, preferred_element_type=jnp.float32).astype(rows.dtype)
     start = jnp.zeros((target.shape[0], rows.shape[1]), rows.dtype)
