@@ -342,6 +342,14 @@ def test_what_does_not_fit_ranks_last_and_says_what_to_change():
     assert "21.0 GB" in table.page("title", plans, slice_, ["note"])
 
 
+def test_decoding_is_held_against_the_bandwidth_limit():
+    slice_ = slice_of("v5e:2x2")
+    row = a_row(program="generate", trips=10, hbm={"weights": 3 * 8.1e8, "cache": 5 * 8.1e8, "optimizer": 9e9})
+    said = table.text("title", [a_plan("fsdp4", 1.0, row)], slice_, [])
+    assert "generate: 200 ms a token; reading weights and caches takes 8 ms" in said
+    assert "4% of it" in said
+
+
 @pytest.mark.parametrize(
     ("said", "beyond"),
     [

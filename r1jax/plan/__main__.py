@@ -1,6 +1,7 @@
 """Does this RL loop fit that pod, and how fast would it be? Answered by the TPU compiler, without a TPU:
 
-    python -m r1jax.plan --model=deepseek_v3 --topology=v5p:8x8x16 --layouts=fsdp4-expert32-tensor8,fsdp4-expert16-tensor16
+    python -m r1jax.plan --model=deepseek_v3 --topology=v5p:8x8x16 \\
+        --layouts=fsdp4-expert32-tensor8,fsdp4-expert16-tensor16
 
 Compiles every program of the loop as a run would (configs/pods.py has each model's settings; --config.KEY=VALUE changes
 any) and prints memory, estimated time and collectives. Nothing runs on a TPU: all times are estimates.

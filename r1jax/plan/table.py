@@ -59,6 +59,14 @@ def _layout(plan: Plan, topology: Topology) -> str:
     parts = [f"== {plan.layout} ==", _columns(lines), "", _columns(memory)]
     if len(moved) > 1:
         parts += ["", _columns(moved)]
+    for row in plan.rows:
+        if row.program == "generate" and row.cost:
+            # What a token cannot take less than: every weight and all caches are read once.
+            least = (row.hbm.get("weights", 0.0) + row.hbm.get("cache", 0.0)) / topology.chip.hbm_bandwidth
+            parts.append(
+                f"generate: {_time(row.est_s / row.trips)} a token; reading weights and caches takes {_time(least)}, "
+                f"{least * row.trips / row.est_s:.0%} of it"
+            )
     unpriced = {row.program: row.cost.unpriced for row in plan.rows if row.cost and row.cost.unpriced}
     loops = {row.program: row.cost.open_loops for row in plan.rows if row.cost and row.cost.open_loops}
     for name, n in unpriced.items():
