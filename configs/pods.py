@@ -3,7 +3,8 @@
     python -m r1jax.main --config=configs/zero.py:deepseek_v3 --config.model.path=gs://... --workdir=DIR
     python -m r1jax.plan --model=deepseek_v3 --topology=v5p:8x8x16 --layouts=...      what it needs, without a pod
 
-All values here are *our choice*. No run of these has been made: hardware and duration are for `plan` to estimate.
+All values here are *our choice*. No run of these has been made: hardware and duration are for `plan` to estimate
+(tests/bench/RESULTS.md has what it gave).
 """
 
 from typing import Any
