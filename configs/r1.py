@@ -2,10 +2,10 @@
 
 R1-Zero, cold start (Dev1), reasoning RL (Dev2), rejection sampling and SFT of the base (Dev3), reward models, RL for
 all scenarios (R1): on arithmetic problems in English and Chinese and on letters, from the packaged bilingual base.
-Hardware: two CPU cores; 102 minutes when two runs shared them, 2.8 GB each. Expected on 256 held-out problems with
-seeds 0, 1, 2 (*measured*, 2026-11-23, see tests/bench/RESULTS.md): pass@1 of Zero 64.1, 68.2, 68.3%, of Dev1 55.6,
-64.2, 62.8%, of Dev2 66.9, 65.4, 69.4%, of Dev3 71.8, 68.0, 72.2%, of R1 71.8, 71.4, 72.0%, of the base about 15%; in
-the question's language Zero 60.8 to 65.9%, Dev2 96.2 to 98.4%, R1 98.6 to 99.4%; R1's letters win 67.7 to 68.2%
+Hardware: two CPU cores; 40 minutes, 3.3 GB. Expected on 256 held-out problems with seeds 0, 1, 2 (*measured*,
+2026-11-23, see tests/bench/RESULTS.md): pass@1 of Zero 64.1, 68.2, 68.3%, of Dev1 55.6, 64.2, 62.8%, of Dev2 66.9,
+65.4, 69.4%, of Dev3 71.8, 68.0, 72.2%, of R1 73.1, 71.4, 72.0%, of the base about 15%; in
+the question's language Zero 60.8 to 65.9%, Dev2 96.2 to 98.4%, R1 98.6 to 99.4%; R1's letters win 64.5 to 68.2%
 against Dev3's. All values are *our choice*; the report's are the defaults of configs/base.py.
 """
 
