@@ -261,6 +261,14 @@ def test_a_loop_may_step_by_two():
     assert estimate.cost(copied, *four(), open_trips=3).compute_s == pytest.approx(8 * 1e-6)
 
 
+def test_handles_of_an_exchange_do_not_travel():
+    text = SMALL.replace(
+        "(bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(",
+        "((bf16[8,128]{1,0}), bf16[8,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) all-to-all-start(",
+    ).replace("all-gather-done", "all-to-all-done")
+    assert estimate.cost(text, *four(), open_trips=3).moved["all-to-all", "fsdp+tensor"] == 8 * 8 * 128 * 2
+
+
 def test_further_rounds_of_an_exchange_cost_nothing():
     named = SMALL.replace("body=%body", 'body=%body, metadata={op_name="jit(step)/further_rounds/while"}')
     assert estimate.cost(named, *four(), open_trips=3).seconds == 0
