@@ -193,7 +193,8 @@ def test_load_onto_a_mesh_equals_load(folder: pathlib.Path, sizes: dict) -> None
     _, spread = convert.load(folder, mesh=make_mesh(sizes))
     assert_same(spread, plain)
     experts = spread["moe"]["mlp"]["gate"]
-    assert experts.addressable_shards[0].data.shape[1] == 8 // sizes.get("expert", 1)
+    parts = sizes.get("expert", 1) * sizes.get("tensor", 1)
+    assert experts.addressable_shards[0].data.shape[1] == 8 // parts
 
 
 def test_loaded_weights_can_be_donated(folder: pathlib.Path) -> None:

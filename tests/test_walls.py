@@ -68,6 +68,7 @@ ORDER = [
     "run_folder",
     "model",
     "sharding",
+    "placement",
     "hosts",
     "watch",
     "folders",
