@@ -177,7 +177,10 @@ def get_config() -> ConfigDict:
             "preference": {
                 "source": "letters",  # general prompts, as data.source
                 "split": "rl",
+                # Held out from training: pairs that measure the reward models, and what the alarm looks at.
                 "valid_split": "validation",
+                "valid_source": "",  # of general prompts; empty: the same source, which then must have splits
+                "valid_problems": "",  # of problems; empty: config.data.source, which then must have splits
                 "judge": "letters",  # letters, module:function, http(s)://HOST/v1#MODEL
                 "safety": "letters",  # what labels responses as safe: letters, module:function (of example, response)
                 "safety_responses": 106_000,  # labelled for the safety model, at most, reported
@@ -238,7 +241,9 @@ def get_config() -> ConfigDict:
                 "benchmark_samples": 0,  # per problem; 0: as the table has it, which has the report's
                 "decontaminate": (),  # training data (files, sources) where 10-grams of problems are looked for
                 "judge": "",  # of open-ended benchmarks: module:function, http(s)://HOST/v1#MODEL
-                "every": 0,  # updates between evaluations; 0: only before the first and after the last, -1: after it
+                # Updates between evaluations; 0: only before the first and after the last, -1: after it. In
+                # all_scenario_rl the alarm looks at its validation data then, and the problems come after the last.
+                "every": 0,
                 "general": "",  # instructions that are measured beside the problems: "letters"; empty: none
                 "general_samples": 4,  # per instruction
                 "baseline": "",  # the stage against which wins on general instructions are counted

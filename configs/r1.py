@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
                 "start": "dev3",
                 **r1,
                 "rl": {"updates": 64, "temperature": 0.7},
-                "eval": {"every": 32},
+                "eval": {"every": 32},  # looks of the alarm, on the validation split
                 "grpo": {"clip_eps_low": 10.0, "clip_eps_high": 10.0},
                 "rewards": CONSISTENT,
             },

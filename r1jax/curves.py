@@ -65,6 +65,13 @@ CHARTS = (
     Chart("Time of each move", "seconds a step", {r"time/(?!step_s|total_s)(.+)_s": r"\1"}, form="stack"),
     Chart("Generation speed", "tokens a second", {r"throughput/rollout_tokens_per_s": "sampler"}),
 )
+# What the alarm for reward hacking looks at (section 2.3.4): the one should not rise while the other falls.
+WATCHED = Chart(
+    "Watched for reward hacking",
+    "share",
+    {},
+    {"preference": "validation, reward models' score", "pass_at_1": "validation, pass@1"},
+)
 _NO_CURVES = {"step", "rollout"}  # they are the axis
 
 
@@ -129,6 +136,11 @@ def run_charts(records: list[Record], evals: list[Record]) -> list[Record]:
         if key not in used:
             charts.append(_filled(Chart(key, "", {}), {key: key}, records, evals, main=False))
     return [chart for chart in charts if chart["lines"] or chart["points"]]
+
+
+def alarm_charts(validation: list[Record]) -> list[Record]:
+    """The chart of what the alarm for reward hacking has looked at, if it has."""
+    return [chart for chart in [_filled(WATCHED, {}, [], validation, main=True)] if chart["points"]]
 
 
 def _filled(chart: Chart, keys: dict[str, str], records: list[Record], evals: list[Record], main: bool) -> Record:

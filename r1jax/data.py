@@ -96,6 +96,20 @@ PACKAGED = {
 }
 
 
+FILES = (".jsonl", ".jsonl.gz")
+
+
+def apart(given: str, training: str, key: str) -> str:
+    """The source of data to validate with: what `key` gives, else a split of the training's own source.
+
+    Raises:
+        ValueError: that is a file, which has no splits.
+    """
+    if not given and training.endswith(FILES):
+        raise ValueError(f"{key} is empty, and {training} has no splits: name data that is not trained on")
+    return given or training
+
+
 def open_source(spec: str, split: str, columns: sources.Columns, size: int = 2000, seed: int = 0) -> Source:
     """The source that `spec` (config.data.source) names.
 
@@ -112,7 +126,7 @@ def open_source(spec: str, split: str, columns: sources.Columns, size: int = 200
     kind, _, name = spec.partition(":")
     if spec in PACKAGED:
         examples = PACKAGED[spec](split)
-    elif spec.endswith((".jsonl", ".jsonl.gz")):
+    elif spec.endswith(FILES):
         examples = sources.read_jsonl(spec, columns)
     elif kind == "tfds" and name:
         examples = sources.read_tfds(name, split, columns)

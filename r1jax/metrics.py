@@ -184,7 +184,12 @@ def write_rollout(workdir: str | os.PathLike[str], stage: str, rollout: int, row
 
 
 class Summary:
-    """summary.json: wall_s (over all continuations of the run), peak_rss_gb and the list evals, the base's first."""
+    """summary.json: wall_s (over all continuations of the run), peak_rss_gb and two lists of evaluations.
+
+    Attributes:
+        evals: on held-out problems, the base's first.
+        validation: on problems that decisions are taken by.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str], started_s: float) -> None:
         """Goes on from the summary that is there.
@@ -198,24 +203,30 @@ class Summary:
         """
         self.path = pathlib.Path(workdir) / "summary.json"
         self._started_s = started_s
-        self._wall_s, self._peak_rss_gb, self.evals = 0.0, 0.0, []
+        self._wall_s, self._peak_rss_gb = 0.0, 0.0
+        self.evals: list[Json] = []
+        self.validation: list[Json] = []
         # What hosts saw differently, they would do differently.
         if hosts.agree(self.path.exists()):
             try:
                 before = json.loads(self.path.read_bytes())
                 self._wall_s, self._peak_rss_gb = float(before["wall_s"]), float(before["peak_rss_gb"])
-                self.evals = [{**one, "stage": one["stage"], "step": one["step"]} for one in before["evals"]]
+                self.evals, self.validation = (
+                    [{**one, "stage": one["stage"], "step": one["step"]} for one in listed]
+                    for listed in (before["evals"], before.get("validation", []))
+                )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} is no run's summary ({error!r}); delete it to go on without") from error
 
-    def add(self, result: Json) -> None:
-        """Adds an evaluation, in place of an earlier one of the same stage, step and benchmark."""
-        for i, one in enumerate(self.evals):
+    def add(self, result: Json, to: list[Json] | None = None) -> None:
+        """Adds an evaluation to evals or another list, in place of one of the same stage, step and benchmark."""
+        to = self.evals if to is None else to
+        for i, one in enumerate(to):
             if all(one.get(key) == result.get(key) for key in ("stage", "step", "benchmark")):
-                self.evals[i] = dict(result)
+                to[i] = dict(result)
                 break
         else:
-            self.evals.append(dict(result))
+            to.append(dict(result))
         self.write()
 
     def write(self) -> None:
@@ -225,6 +236,7 @@ class Summary:
                 "wall_s": round(self._wall_s + time.monotonic() - self._started_s, 3),
                 "peak_rss_gb": round(max(self._peak_rss_gb, hosts.peak_rss_gb()), 3),
                 "evals": _plain(self.evals),
+                **({"validation": _plain(self.validation)} if self.validation else {}),
             }
             hosts.atomic_write(self.path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from r1jax import data, draw, grpo, held_out, hosts, loops, minibatches, optim, report, sharding, updates
 from r1jax.model.config import ModelConfig
-from r1jax.rewards.pool import Graded
+from r1jax.rewards.pool import Graded, RewardPool
 from r1jax.rollout import Group, Sample, collect, encode_prompts
 from r1jax.run import (
     ROLLOUT,
@@ -41,12 +41,13 @@ class General:
     Attributes:
         mix: the stream of problems with instructions among them.
         judge: adds the reward models' scores to graded groups.
-        check: called after each evaluation.
+        watch: makes what looks at the weights (decode layout) of a step, with a limit of completion tokens, wherever
+            config.eval.every asks for it; the held-out problems are then left to the end.
     """
 
     mix: Callable[[data.PromptStream], data.Mixture | data.PromptStream]
     judge: Callable[[list[Group]], list[Group]]
-    check: Callable[[], None]
+    watch: Callable[[RewardPool, Verbs], Callable[[Params, int, int], None]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,7 @@ def reinforce(
     with open_pool(config) as pool:
         judge = general.judge if general else None
         problems = held_out.prepare(run, config, policy, pool, verbs, judge, stream.examples)
+        watch = general.watch(pool, verbs) if general and general.watch else None
 
         def sample(weights: Params, examples: list[Example], rollout: int, cursor: int, limit: int) -> list[Group]:
             branch = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), rollout)
@@ -171,9 +173,10 @@ def reinforce(
             return general.judge(groups) if general else groups
 
         def evaluate(weights: Params, step: int) -> None:
-            problems.measure(weights, step, settings.limit(step))
-            if general:
-                general.check()
+            if watch is None or step >= settings.updates:
+                problems.measure(weights, step, settings.limit(step))
+            if watch is not None:
+                watch(weights, step, settings.limit(step))
 
         moves = loops.Moves(
             sample, evaluate, made.update, made.score, made.to_decode,

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from r1jax import hosts
 from r1jax.analyses import evaluation_charts
-from r1jax.curves import draw_curve, readable, run_charts
+from r1jax.curves import alarm_charts, draw_curve, readable, run_charts
 from r1jax.run_folder import Record, RunFolder, number, read_run
 
 REPORTED = (
@@ -155,6 +155,7 @@ def _curves(run: RunFolder, charts: list[Record]) -> str:
     for stage, records in (run.metrics or {"": []}).items():
         own = [e for e in run.evals if e.get("stage") == stage]
         drawn = run_charts(records, _start(run, stage) + own if len(run.metrics) > 1 else run.evals)
+        drawn += alarm_charts([e for e in run.validation if e.get("stage") == stage])
         if len(run.metrics) > 1:
             parts.append(f"<h3>Stage {html.escape(stage)}</h3>")
         else:

@@ -48,9 +48,17 @@ class RunFolder:
         return [e for e in self._evals if "benchmark" in e]
 
     @property
+    def validation(self) -> list[Record]:
+        """Those on problems that decisions are taken by: the alarm for reward hacking."""
+        return self._listed("validation")
+
+    @property
     def _evals(self) -> list[Record]:
-        evals = self.summary.get("evals")
-        return [e for e in evals if isinstance(e, dict)] if isinstance(evals, list) else []
+        return self._listed("evals")
+
+    def _listed(self, name: str) -> list[Record]:
+        found = self.summary.get(name)
+        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
     def training_flops(self, stage: str, last_step: float = math.inf) -> float:
         """Operations that a stage asked for up to a step, 0 where nothing says it."""

@@ -2,13 +2,15 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny_run import SETTINGS, execute, make_policy
 
 from configs import r1
-from r1jax import hosts, pipeline, run
+from r1jax import hosts, pipeline, run, scorers
 from r1jax.checkpoint import latest_step
 
 SMALL = {
@@ -102,11 +104,15 @@ def test_every_stage_leaves_a_model_an_evaluation_and_its_data(whole):
     assert {path.name for path in (whole / "models").iterdir()} == set(STAGES)
     assert {path.parent.name for path in whole.glob("models/reward_models/*/score.safetensors")} == {"helpful", "safe"}
     evals = json.loads((whole / "summary.json").read_text())["evals"]
-    # Zero before and after, Dev1 and Dev3 after SFT, Dev2 after RL, R1 before, amid and after.
-    assert [e["stage"] for e in evals] == ["zero", "zero", "dev1", "dev2", "dev3", "r1", "r1", "r1"]
+    # Zero before and after, Dev1 and Dev3 after SFT, Dev2 and R1 after RL.
+    assert [e["stage"] for e in evals] == ["zero", "zero", "dev1", "dev2", "dev3", "r1"]
     assert all({"pass_at_1", "language_consistency", "general_worth", "general_win_rate"} <= e.keys() for e in evals)
     assert next(e for e in evals if e["stage"] == "dev3")["general_win_rate"] == 0.5
-    assert all("preference" in e for e in evals if e["stage"] == "r1")
+    # What the alarm looked at: R1 before, amid and after.
+    validation = json.loads((whole / "summary.json").read_text())["validation"]
+    assert [(e["stage"], e["step"]) for e in validation] == [("r1", 0), ("r1", 2), ("r1", 4)]
+    assert all({"pass_at_1", "preference"} <= e.keys() for e in validation)
+    assert "Watched for reward hacking" in (whole / "report.html").read_text()
     manifest = json.loads((whole / "data" / "dev3.manifest.json").read_text())
     assert manifest["by_source"] == {"dev3": 6, "letters": 8} and manifest["sampling"]["sampled"] == 24
     lines = [json.loads(line) for line in (whole / "data" / "dev3.jsonl").read_text().splitlines()]
@@ -164,6 +170,73 @@ def test_stopped_while_it_samples_it_keeps_the_parts_it_has(whole, policy, tmp_p
     monkeypatch.undo()
     execute(make_config(policy), tmp_path)
     assert models(tmp_path) == models(whole)
+
+
+# --- the alarm for reward hacking --------------------------------------------------------------------------------
+
+
+def hackable(run: object, config: object, folder: object, policy: object) -> Callable:
+    """A reward model that can be hacked: it likes whatever is no letter."""
+    return lambda texts: np.array([sum(not c.isalpha() for c in text) / max(1, len(text)) for _, text in texts])
+
+
+def scenario(policy: pathlib.Path, **changes: object) -> ConfigDict:
+    """The last stage alone; right is what has letters in it, and most prompts are general ones."""
+    (policy / "right.py").write_text("def has_letters(prompt, completion, example, **context):\n"
+                                     "    letters = sum(c.isalpha() for c in completion)\n"
+                                     "    return float(letters >= 8 and example['grader'] != 'judged')\n")  # fmt: skip
+    given = {"stages": ("r1",), "eval.general": "", "eval.baseline": "", "eval.problems": 32}
+    given |= {"rl.prompts_per_update": 4, "rl.group_size": 8, "rl.microbatch_rows": 8}
+    given |= {"preference.from_update": 0, "preference.share": 0.9}
+    config = make_config(policy, **{**given, **changes})
+    config.reward_paths = ConfigDict({"accuracy": f"{policy}/right.py:has_letters"})
+    own = {"rl": {"updates": 24}, "optim": {"learning_rate": 0.1}, "eval": {"every": 8}, "rewards": {"accuracy": 1.0}}
+    config.pipeline = ConfigDict({"r1": {"page": "all_scenario_rl", "start": "base", **own}})
+    return config
+
+
+def trained(folder: pathlib.Path) -> list[dict]:
+    """What each step of the stage logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_hackable_reward_model_sets_off_the_alarm_which_ends_preference(policy, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(scorers, "load", hackable)
+    execute(scenario(policy), tmp_path / "watched")
+    assert "reward hacking" in caplog.text and "on validation problems fell to" in caplog.text
+    # Then there are no general prompts any more, which alone the model scores.
+    scores = [r["reward/helpful/mean"] for r in trained(tmp_path / "watched") if "reward/helpful/mean" in r]
+    assert scores[0] > 0 and scores[-1] == 0
+
+
+def test_the_alarm_stops_the_run_or_warns_alone_where_that_is_asked_for(policy, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(scorers, "load", hackable)
+    with pytest.raises(ValueError, match=r"reward hacking; lower config\.preference\.weight"):
+        execute(scenario(policy, **{"preference.alarm_action": "stop_run"}), tmp_path / "stopped")
+    execute(scenario(policy, **{"preference.alarm_action": "warn"}), tmp_path / "warned")
+    assert "reward hacking" in caplog.text
+    assert all(r["reward/helpful/mean"] > 0 for r in trained(tmp_path / "warned") if "reward/helpful/mean" in r)
+    first, *_, last = json.loads((tmp_path / "warned" / "summary.json").read_text())["validation"]
+    assert last["preference"] > first["preference"] + 0.05 and last["pass_at_1"] < first["pass_at_1"] / 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "data.source",
+            "problems.jsonl",
+            "config.preference.valid_problems is empty, and problems.jsonl has no splits",
+        ),
+        ("preference.source", "ask.jsonl", "config.preference.valid_source is empty, and ask.jsonl has no splits"),
+        ("eval.problems", 0, "config.eval.problems is 0: the alarm for reward hacking would have none"),
+        ("preference.alarm_action", "shout", "config.preference.alarm_action is 'shout', wanted warn, stop_preference"),
+    ],
+)
+def test_an_alarm_that_could_not_watch_is_refused(policy, tmp_path, monkeypatch, key, value, message):
+    monkeypatch.setattr(scorers, "load", hackable)
+    with pytest.raises(ValueError, match=message):
+        execute(scenario(policy, **{key: value}), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from r1jax import curate, hosts, preference, scorers
+from r1jax import curate, data, hosts, preference, scorers
 from r1jax.rollout import Group
 from r1jax.run import Policy, Run, model_folder
 
 MODELS = {"helpful": "pairwise", "safe": "pointwise"}
 
 
-def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[str, list[dict[str, Any]]]:
-    """Judged pairs and labelled responses on the general prompts of a split, written to WORKDIR/data.
+def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: str) -> dict[str, list[dict[str, Any]]]:
+    """Judged pairs and labelled responses on the general prompts of a source's split, written to WORKDIR/data.
 
     Raises:
         ValueError: no pair is left.
@@ -49,7 +49,7 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, split: str) -> dict[st
         ]
         return {"pairs": pairs, "labelled": labelled, "counts": counts}
 
-    parts = curate.sample_parts(run, own, sampler, c.source, f"{run.stage}-{split}", use)
+    parts = curate.sample_parts(run, own, sampler, source, f"{run.stage}-{split}", use)
     judged = [pair for part in parts for pair in part["pairs"]]
     pairs = preference.balance(judged, lambda reply: len(sampler.tokenizer.encode(reply)), run.seed)
     counts = dict(sum((collections.Counter(part["counts"]) for part in parts), collections.Counter()))
@@ -79,9 +79,19 @@ def rows(config: ConfigDict, policy: Policy, made: dict[str, list], model: str) 
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
-    """Trains both models; leaves them in WORKDIR/models/STAGE and the policy as it is."""
+    """Trains both models; leaves them in WORKDIR/models/STAGE and the policy as it is.
+
+    Raises:
+        ValueError: there is nothing apart to measure them on, or no pair is left.
+    """
+    c = config.preference
+    if c.split == c.valid_split:
+        raise ValueError(f"config.preference.split and valid_split are both {c.split!r}, and the models learn from one")
+    apart = data.apart(c.valid_source, c.source, "config.preference.valid_source")
     sampler = run.policy_of(config.curate.sampler) if config.curate.sampler else policy
-    train, valid = (gather(run, config, sampler, config.preference[key]) for key in ("split", "valid_split"))
+    train, valid = (
+        gather(run, config, sampler, source, split) for source, split in ((c.source, c.split), (apart, c.valid_split))
+    )
     out = model_folder(run.workdir, run.stage)
     new = out.with_name(f".{out.name}.new")
     for name, loss in MODELS.items():

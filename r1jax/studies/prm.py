@@ -167,7 +167,6 @@ def stage(run: Run, config: Config, policy: Policy) -> Policy:
     judge = General(
         mix=lambda stream: stream,
         judge=lambda groups: as_reward(valuer, policy, c["together"], groups),
-        check=lambda: None,
     )
     left = reinforce(run, config, policy, judge)
     steps = optimised(run)
