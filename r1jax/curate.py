@@ -105,8 +105,12 @@ def sample_parts(
     source: str,
     name: str,
     use: Callable[[list[Group]], dict[str, Any]],
+    is_general: bool = False,
 ) -> list[dict[str, Any]]:
     """What `use` makes of the graded groups of each part of the prompts, in order; see config.curate.
+
+    Args:
+        is_general: whether the prompts are instructions without a right answer.
 
     Raises:
         run.Stopped: SIGTERM came; finished parts are kept.
@@ -114,7 +118,7 @@ def sample_parts(
     c, prompts = config["curate"], config["data"]
     limit = config["rl"]["max_completion_tokens"]
     check_lengths(policy, prompts["max_prompt_tokens"], limit)
-    stream = data.PromptStream(open_source(config, source, prompts["split"]), run.seed)
+    stream = data.PromptStream(open_source(config, source, prompts["split"], is_general), run.seed)
     total = min(c["prompts"], len(stream.source.examples))
     size = c["prompts_per_part"]
     drawing = draw.DrawConfig(temperature=c["temperature"])

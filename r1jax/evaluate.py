@@ -108,13 +108,17 @@ def by_language(groups: Sequence[Group], right: np.ndarray) -> dict[str, dict[st
     return {name: {"n_problems": len(found), "pass_at_1": float(right[found].mean())} for name, found in rows.items()}
 
 
+def preference(groups: Sequence[Group]) -> dict[str, float]:
+    """The mean of the reward models' scores, where they have scored."""
+    names = [name for name in ("helpful", "safe") if name in groups[0][0].graded.rewards]
+    scores = [as_array(groups, lambda s, n=name: s.graded.rewards[n]).mean() for name in names]
+    return {"preference": float(np.mean(scores))} if names else {}
+
+
 def measure_general(groups: Sequence[Group]) -> dict[str, Any]:
     """What is kept of an evaluation on general instructions: the reward "worth" of every sample, and means."""
     worths = as_array(groups, lambda s: s.graded.rewards["worth"])
-    judged = {}
-    if "helpful" in groups[0][0].graded.rewards:
-        judged["preference"] = float(as_array(groups, lambda s: s.graded.rewards["helpful"]).mean())
-    return judged | {
+    return preference(groups) | {
         "general_worth": float(worths.mean()),
         "general_tokens": float(as_array(groups, lambda s: len(s.completion.tokens)).mean()),
         "general_worths": worths.tolist(),

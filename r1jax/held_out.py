@@ -111,8 +111,8 @@ def prepare(
     prompts, settings = config["data"], config["eval"]
     opening = settings["opening"]
 
-    def examples(source: str, most: int) -> list[Example]:
-        found = open_source(config, source, prompts["eval_split"])
+    def examples(source: str, is_general: bool = False) -> list[Example]:
+        found = open_source(config, source, prompts["eval_split"], is_general)
         taken = data.PromptStream(found, 0).take(0, min(most, len(found.examples)))
         # Now rather than when its turn comes: a prompt that is too long.
         encode_prompts(taken, prompts["template"], policy.tokenizer, prompts["max_prompt_tokens"], opening)
@@ -122,7 +122,7 @@ def prepare(
     drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
     if training is None or training.drawing != drawing:
         training = make_verbs(config, policy, run.layouts["decode"], drawing)
-    taken = examples(prompts["eval_source"] or prompts["source"], most) if most else []
+    taken = examples(prompts["eval_source"] or prompts["source"]) if most else []
     problems = HeldOut(
         run=run,
         judge=judge,
@@ -141,7 +141,7 @@ def prepare(
     )
     if not settings["general"]:
         return problems
-    general = examples(settings["general"], most)
+    general = examples(settings["general"], is_general=True)
     return dataclasses.replace(
         problems, general=dataclasses.replace(problems, examples=general, samples=settings["general_samples"])
     )

@@ -184,17 +184,25 @@ def optim_config(config: "Config", steps: int = 0) -> optim.OptimConfig:
 Config = Mapping[str, Any]  # the whole config, or a group of it
 
 
-def open_source(config: Config, spec: str, split: str) -> data.Source:
+def open_source(config: Config, spec: str, split: str, is_general: bool = False) -> data.Source:
     """The prompts that config.data names, their gold answers checked.
 
     Of the training split those are left out that overlap with config.data.decontaminate.
+
+    Args:
+        is_general: instructions without a right answer, which reward models and judges grade.
 
     Raises:
         ValueError: no such source, or nothing is left of it.
     """
     c = config["data"]
-    optional = c["id_column"] or None, c["level_column"] or None
-    columns = sources.Columns(c["question_column"], c["answer_column"], *optional, c["grader"])
+    columns = sources.Columns(
+        question=c["question_column"],
+        answer=None if is_general else c["answer_column"],
+        id=c["id_column"] or None,
+        level=None if is_general else c["level_column"] or None,
+        grader="judged" if is_general else c["grader"],
+    )
     source = data.open_source(spec, split=split, columns=columns, size=c["gym_size"], seed=config["seed"])
     if c["decontaminate"] and split == c["split"]:
         clean, dropped = overlap.without(source.examples, c["decontaminate"], c["eval_split"])

@@ -36,11 +36,12 @@ MANY_ANSWERS = frozenset(
 class Columns:
     """Which columns of a JSONL file or TensorFlow dataset make an example; config.data.*_column and config.data.grader.
 
-    Without `id`, a column of that name is taken where there is one, else the record's place.
+    Without `id`, a column of that name is taken where there is one, else the record's place. Without `answer`, records
+    need none: instructions that no rule grades.
     """
 
     question: str = "question"
-    answer: str = "answer"
+    answer: str | None = "answer"
     id: str | None = None
     level: str | None = None
     grader: str = "math"
@@ -117,12 +118,12 @@ def to_example(record: dict[str, Any], columns: Columns, default_id: str, where:
             raise ValueError(
                 f"{where}: no column {column!r}; set config.data.{role}_column to one of {', '.join(record)}"
             )
-    question, answer = record[columns.question], record[columns.answer]
+    question, answer = record[columns.question], record[columns.answer] if columns.answer else record.get("answer")
     if isinstance(answer, str | int | float):
         answer = str(answer).rpartition(ANSWER_MARK)[2].strip()
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: column {columns.question!r} must be a question, got {question!r}")
-    if answer is None or answer == "":
+    if columns.answer and answer in (None, ""):
         raise ValueError(f"{where}: column {columns.answer!r} must be an answer, got {record[columns.answer]!r}")
     example = {**record, "question": question, "answer": answer, "grader": columns.grader}
     example["id"] = str(record.get(columns.id or "id", default_id))

@@ -120,6 +120,25 @@ def test_every_stage_leaves_a_model_an_evaluation_and_its_data(whole):
     assert "Stage dev2" in (whole / "report.html").read_text()
 
 
+def test_the_run_of_a_released_model_has_the_published_settings():
+    config = r1.get_config("deepseek_v3")
+    own = {name: pipeline.stage_config(config, name) for name in config.stages}
+    for name in ("dev1", "dev3"):
+        assert own[name].optim.learning_rate == 5e-5 and own[name].optim.final_share == 0.1
+        assert (own[name].sft.epochs, own[name].sft.rows, own[name].sft.row_tokens) == (2.0, 128, 32_768)
+    assert own["reward_models"].optim.learning_rate == 6e-6 and own["zero"].optim.learning_rate == 3e-6
+    assert own["zero"].rl.temperature == 1.0 and own["r1"].rl.temperature == 0.7
+    for name in ("dev2", "r1"):
+        assert own[name].grpo.clip_eps_low == own[name].grpo.clip_eps_high == 10.0
+        assert own[name].rewards.language == 1.0 and "language" not in own["zero"].rewards
+    # 1,700 updates, preference in the last 400: as near as whole rollouts come.
+    updates, first = own["r1"].rl.updates, own["r1"].preference.from_update
+    assert abs(updates - 1700) < 16 and updates - first == 400
+    assert all(own[name].rl.updates % own[name].rl.minibatches == 0 for name in ("zero", "dev2", "r1"))
+    with pytest.raises(ValueError, match="there is no R1 of 'deepseek', wanted one of deepseek_v3"):
+        r1.get_config("deepseek")
+
+
 def test_stages_start_where_the_config_says(whole, policy):
     """Dev1 and Dev3 start from the base, R1 from Dev3: a run without learning leaves just those weights."""
     weights = models(whole)
@@ -220,6 +239,19 @@ def test_the_alarm_stops_the_run_or_warns_alone_where_that_is_asked_for(policy, 
     assert last["preference"] > first["preference"] + 0.05 and last["pass_at_1"] < first["pass_at_1"] / 2
 
 
+def test_general_prompts_of_a_file_need_no_answers_and_are_scored(policy, tmp_path, monkeypatch):
+    for name in ("ask", "valid"):
+        lines = [json.dumps({"question": f"{name} somebody for {i} apples"}) for i in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(scorers, "load", hackable)
+    config = scenario(policy)
+    config.preference.update({"source": f"{tmp_path}/ask.jsonl", "valid_source": f"{tmp_path}/valid.jsonl"})
+    config.pipeline.r1.rl.updates = 2
+    execute(config, tmp_path / "run")
+    assert trained(tmp_path / "run")[0]["reward/helpful/mean"] > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"][0]["preference"] > 0
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -229,14 +261,17 @@ def test_the_alarm_stops_the_run_or_warns_alone_where_that_is_asked_for(policy, 
             "config.preference.valid_problems is empty, and problems.jsonl has no splits",
         ),
         ("preference.source", "ask.jsonl", "config.preference.valid_source is empty, and ask.jsonl has no splits"),
-        ("eval.problems", 0, "config.eval.problems is 0: the alarm for reward hacking would have none"),
+        ("eval.problems", 0, "config.eval.problems is 0: the alarm for reward hacking would have nothing to look at"),
+        ("pipeline.r1.eval.every", -1, "config.eval.every is -1: the alarm for reward hacking would have nothing to"),
         ("preference.alarm_action", "shout", "config.preference.alarm_action is 'shout', wanted warn, stop_preference"),
     ],
 )
 def test_an_alarm_that_could_not_watch_is_refused(policy, tmp_path, monkeypatch, key, value, message):
     monkeypatch.setattr(scorers, "load", hackable)
+    config = scenario(policy)
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
-        execute(scenario(policy, **{key: value}), tmp_path)
+        execute(config, tmp_path)
 
 
 @pytest.mark.parametrize(

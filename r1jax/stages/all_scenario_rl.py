@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from r1jax import data, evaluate, held_out, hosts, preference, scorers
 from r1jax.reinforce import General, reinforce
 from r1jax.rewards.pool import RewardPool
-from r1jax.rollout import as_array
 from r1jax.run import Policy, Run, model_folder, open_source
 from r1jax.slots import Verbs
 from r1jax.types import Params
@@ -46,13 +45,16 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         raise ValueError(f"config.preference.alarm_action is {c.alarm_action!r}, wanted {', '.join(ALARM_ACTIONS)}")
     if config.rl.dynamic_sampling:
         raise ValueError("config.rl.dynamic_sampling cannot be used with config.preference: prompts join at an update")
-    if not config.eval.problems:
-        raise ValueError("config.eval.problems is 0: the alarm for reward hacking would have none to look at")
+    for key in ("problems", "every"):
+        if config.eval[key] <= 0:
+            raise ValueError(
+                f"config.eval.{key} is {config.eval[key]}: the alarm for reward hacking would have nothing to look at"
+            )
     to_watch = watched(config)
     folder = model_folder(run.workdir, c.models)
     judges = {name: scorers.load(run, config, folder / name, policy) for name in ("helpful", "safe")}
     judge = functools.partial(preference.with_preference, scorers=judges, weight=c.weight)
-    general = data.PromptStream(open_source(config, c.source, c.split), run.seed)
+    general = data.PromptStream(open_source(config, c.source, c.split, is_general=True), run.seed)
 
     def seen(step: int) -> list[dict]:
         """What the alarm has looked at in this stage up to a step: what a run that goes on from there knew as well."""
@@ -69,8 +71,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
         def look(weights: Params, step: int, limit: int) -> None:
             if step not in (one["step"] for one in seen(updates)):
                 record = evaluate.measure(problems.sample(weights, limit), run.stage, step)
-                judged = judge(problems.general.sample(weights, limit))
-                record["preference"] = float(as_array(judged, lambda s: s.graded.rewards["helpful"]).mean())
+                record |= evaluate.preference(judge(problems.general.sample(weights, limit)))
                 run.summary.add(record, run.summary.validation)
                 hosts.say(
                     f"validation at step {step}: pass@1 {record['pass_at_1']:.1%}, "

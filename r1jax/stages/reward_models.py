@@ -49,7 +49,7 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: st
         ]
         return {"pairs": pairs, "labelled": labelled, "counts": counts}
 
-    parts = curate.sample_parts(run, own, sampler, source, f"{run.stage}-{split}", use)
+    parts = curate.sample_parts(run, own, sampler, source, f"{run.stage}-{split}", use, is_general=True)
     judged = [pair for part in parts for pair in part["pairs"]]
     pairs = preference.balance(judged, lambda reply: len(sampler.tokenizer.encode(reply)), run.seed)
     counts = dict(sum((collections.Counter(part["counts"]) for part in parts), collections.Counter()))
