@@ -181,6 +181,7 @@ def get_config() -> ConfigDict:
                 "valid_split": "validation",
                 "valid_source": "",  # of general prompts; empty: the same source, which then must have splits
                 "valid_problems": "",  # of problems; empty: config.data.source, which then must have splits
+                "valid_samples": 8,  # the alarm's, of each problem
                 "judge": "letters",  # letters, module:function, http(s)://HOST/v1#MODEL
                 "safety": "letters",  # what labels responses as safe: letters, module:function (of example, response)
                 "safety_responses": 106_000,  # labelled for the safety model, at most, reported

@@ -37,6 +37,7 @@ SMALL = {
     "preference.valid_every": 2,
     "preference.margin": 0.0,
     "preference.from_update": 2,
+    "preference.valid_samples": 2,
     "preference.judge": "judge:prefers_many_letters",
     "checkpoint.save_every": 2,
 }

@@ -30,7 +30,7 @@ def watched(config: ConfigDict) -> ConfigDict:
     own.data.eval_source = data.apart(c.valid_problems, config.data.source, "config.preference.valid_problems")
     own.data.eval_split = c.valid_split
     own.eval.general = data.apart(c.valid_source, c.source, "config.preference.valid_source")
-    own.eval.decontaminate = ()
+    own.eval.update({"samples": c.valid_samples, "decontaminate": ()})
     return own
 
 
