@@ -22,7 +22,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "stages": ("prm",),
         "rl.updates": 32,
         "optim.decay_steps": 32,
-        "curate.prompts": 256,
+        "curate.prompts": 768,
         "curate.samples": 4,
         "prm.continuations": 4,
         "value_model.epochs": 2.0,
@@ -31,13 +31,13 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "mcts": {
         "stages": ("mcts",),
-        "curate.prompts": 512,
+        "curate.prompts": 2048,
         "curate.samples": 4,
         "value_model.epochs": 2.0,
         "mcts.segment_tokens": 24,
         "mcts.budgets": (256, 512, 1024),
-        "eval.problems": 64,
-        "eval.samples": 48,
+        # As many samples as the largest budget can hold.
+        "eval.samples": 64,
     },
 }
 
