@@ -78,6 +78,20 @@ def test_languages_of_one_script_are_told_apart_by_the_library():
         ("<answer>A, B</answer>", None),
         ("<answer>(A) (B)</answer>", None),
         ("<answer>Because</answer>", None),
+        ("The correct answer is a metal.", None),
+        ("The correct answer is A metal.", None),
+        ("The answer is I think unclear.", None),
+        ("Answer: I'm not sure", None),
+        ("the answer is boxed", None),
+        (r"\boxed{A metal}", None),
+        ("The answer is A because it melts.", "A"),
+        ("the answer is (b)", "B"),
+        ("The answer is **B**.", "B"),
+        ("The answer is: A", "A"),
+        ("Option B is the correct choice.", "B"),
+        (r"The correct option is $\boxed{\text{I}}$", "I"),
+        ("正确答案是（B）。", "B"),
+        ("答案应该选B", "B"),
         ("<think>the answer is B", None),
         ("", None),
     ],
@@ -93,6 +107,8 @@ def test_the_text_of_one_choice_is_its_letter():
     assert exact.grade_choice("<answer>paris.</answer>", example)
     assert not exact.grade_choice("<answer>Rome</answer>", example)
     assert not exact.grade_choice("<answer>Paris</answer>", {"answer": "B", "choices": ["Paris", "Paris"]})
+    assert exact.grade_choice("The correct answer is a metal.", {"answer": "B", "choices": ["a gas", "a metal"]})
+    assert not exact.grade_choice("The correct answer is a metal.", {"answer": "A", "choices": ["a gas", "a metal"]})
 
 
 @pytest.mark.parametrize(

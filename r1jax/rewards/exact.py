@@ -9,24 +9,29 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1jax.rewards.final_answer import extract_answer
+from r1jax.rewards.final_answer import extract_answer, only_marked
 from r1jax.rewards.form import after_thinking
 
 LETTERS = "ABCDEFGHIJ"
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_LETTER = re.compile(r"\W*(?:\\(?:text|mathrm|textbf)\s*\{)?\s*\(?([A-J])\)?(?:\}|[\s).:,。，：]|$)")
+# "A" and "I" are words as well: a letter only where no word follows.
+_ONE = r"(?:[B-HJ](?![\w'’])|[AI](?=\s*(?:because\b|since\b|[^\w\s'’]|$)))"
+_LETTER = re.compile(rf"\W*(?:\\(?:text|mathrm|textbf)\s*\{{)?\s*\(?({_ONE})\)?(?:\}}|[\s).:,。，：]|$)")
 _SAID = re.compile(
-    r"(?i)(?:answer|option|choice|correct)\s*(?:is|:|would be)?\s*:?\s*[*$(\\boxed{]*([A-J])\b|答案[是为：:\s]*([A-J])"
+    r"(?i:answer|option|choice|correct)\s*(?i:is|would be)?\s*:?\s*(?:[*_$(\[{]|\\(?:boxed|text|textbf|mathrm)\s*\{)*"
+    rf"({_ONE}|(?<=[(\[{{])[a-j](?=[)\]}}]))|答案(?:[是为：:\s]|应该|选项?)*[(（]?([A-J])(?![A-Za-z])"
 )
+_STATED = re.compile(r"(?i:answer|option|choice)\s*(?:(?i:is|would be)\b|[:：])\s*([^\n.]+)")
 
 
 def chosen_letter(completion: str) -> str | None:
-    """The letter that a completion chooses: of its final answer, else of its last "answer is (B)"; None without one."""
-    found = extract_answer(completion)
-    if found and (match := _LETTER.match(found)) and not re.search(r"\b[A-J]\b", found[match.end() :]):
-        return match[1]
-    said = _SAID.findall(after_thinking(completion))
-    return (said[-1][0] or said[-1][1]).upper() if said else None
+    """The letter that a completion chooses: in its marked answer, else "answer is (B)", else all it says."""
+    text, marked = after_thinking(completion), extract_answer(only_marked(completion))
+    if marked is None and (said := _SAID.findall(text)):
+        return (said[-1][0] or said[-1][1]).upper()
+    found = text if marked is None else marked
+    match = _LETTER.match(found)
+    return match[1] if match and not re.search(r"\b[A-J]\b", found[match.end() :]) else None
 
 
 def _gold_letter(example: Mapping[str, Any]) -> str:
@@ -39,7 +44,8 @@ def grade_choice(completion: str, example: Mapping[str, Any]) -> bool:
     letter, gold = chosen_letter(completion), _gold_letter(example)
     if letter is not None:
         return letter == gold
-    found, choices = extract_answer(completion), example.get("choices")
+    stated = _STATED.findall(after_thinking(completion))
+    found, choices = extract_answer(only_marked(completion)) or (stated and stated[-1]), example.get("choices")
     if not found or not choices:
         return False
     return [LETTERS[i] for i, choice in enumerate(choices) if normal(choice) == normal(found)] == [gold]
