@@ -168,11 +168,13 @@ def get_config() -> ConfigDict:
                 "max_characters": 100_000,
                 "max_paragraph_characters": 4_000,
                 "editor": "",  # rewrites what is kept: tidy, module:function, http(s)://HOST/v1#MODEL; empty: none
+                "judge": "",  # says whether answers that no rule grades are right: module:function, http(s)://HOST/v1#MODEL
+                # Of editors and judges alike.
                 "editor_timeout_s": 120.0,  # per try
                 "editor_tries": 3,
-                "editor_may_fail": 0.5,  # share of samples; above it the stage stops
+                "editor_may_fail": 0.5,  # share of what they are asked; above it the stage stops
                 "general": "",  # conversations mixed in: a chat .jsonl file, or "letters"
-                "general_examples": 1000,  # of them, at most
+                "general_examples": 1000,  # of them, at most, drawn by the seed; 0: all of a file
             },
             "preference": {
                 "source": "letters",  # general prompts, as data.source

@@ -6,18 +6,22 @@ are gone through in parts, each saved whole, so that a run that was cut short go
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from r1jax import conversations, data, draw, hosts, letters, metrics, sources
-from r1jax.editor import open_editor
+from r1jax.editor import open_editor, open_verifier
 from r1jax.rewards.form import format_reward
 from r1jax.rewards.language import language_reward
 from r1jax.rewards.penalties import repetition_penalty
+from r1jax.rewards.table import canonical_answer
+from r1jax.rewards.worth import reply_of
 from r1jax.rollout import Group, Interrupted, Sample, collect
 from r1jax.run import (
     CURATION,
@@ -31,6 +35,7 @@ from r1jax.run import (
     open_pool,
     open_source,
 )
+from r1jax.types import Example
 
 # What a sample must be to be kept: filters by name, of a sample and config.curate.
 FILTERS: dict[str, Callable[[Sample, Config], bool]] = {
@@ -43,6 +48,10 @@ FILTERS: dict[str, Callable[[Sample, Config], bool]] = {
     "paragraphs": lambda s, c: max(map(len, s.text.split("\n\n"))) <= c["max_paragraph_characters"],
     "code": lambda s, c: "```" not in s.text,
 }
+
+
+# Those that ask how a sample came about; the others read its text alone, also when it has been rewritten.
+OF_SAMPLING = ("whole", "correct")
 
 
 def check_filters(config: Config) -> None:
@@ -74,6 +83,34 @@ def keep(group: Group, config: Config) -> tuple[list[Sample], collections.Counte
         else:
             counts[f"dropped by {failed}"] += 1
     return kept, counts
+
+
+def unfit(s: Sample, rewritten: str | None, config: Config) -> str | None:
+    """Why what an editor made of a sample cannot be learned from, None if it can: a filter, or another answer."""
+    if not isinstance(rewritten, str) or not rewritten.strip():
+        return "editor"
+    edited = dataclasses.replace(s, text=rewritten)
+    for name in config["curate"]["filters"]:
+        if name not in OF_SAMPLING and not FILTERS[name](edited, config["curate"]):
+            return f"editor: {name}"
+    marked = config["grading"]["marked_answers"]
+    before, after = (canonical_answer(s.prompt, text, s.example, marked) for text in (s.text, rewritten))
+    return None if before == after else "editor: answer"
+
+
+def judged_right(group: Group, judge: Callable[[Example, str], bool | None]) -> Group:
+    """The samples that a judge has an opinion of, which stands in for accuracy where no rule grades (section 2.3.3).
+
+    It reads the reply, never the thought.
+    """
+    opinions = [judge(s.example, reply_of(s.text)) for s in group]
+    return [
+        dataclasses.replace(
+            s, graded=dataclasses.replace(s.graded, rewards={**s.graded.rewards, "accuracy": float(is_right)})
+        )
+        for s, is_right in zip(group, opinions, strict=True)
+        if is_right is not None
+    ]
 
 
 def parts_of(run: Run, name: str, count: int, make: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,40 +182,59 @@ def sample_parts(
             raise Stopped from stopped
 
 
+# So many have to be asked before their share of failures says anything.
+ENOUGH = 32
+
+
+def too_often(total: collections.Counter[str], asked: int, failed: int, may_fail: float, key: str) -> None:
+    """Counts what was asked of a model and what it failed at.
+
+    Raises:
+        ValueError: more than the share `may_fail` failed; names `key`.
+    """
+    total[f"{key} asked"] += asked
+    total[f"{key} failed"] += failed
+    asked, failed = total[f"{key} asked"], total[f"{key} failed"]
+    if asked >= ENOUGH and failed > may_fail * asked:
+        raise ValueError(f"{key} gave nothing usable for {failed} of {asked}; see it and config.curate.editor_may_fail")
+
+
 def reject(run: Run, config: Config, policy: Policy) -> tuple[list[dict[str, Any]], collections.Counter[str]]:
     """Conversations that the policy wrote and that pass every filter, and how many were dropped for what.
 
     Raises:
-        ValueError: nothing is left, or the editor fails too often.
+        ValueError: nothing is left, or the editor or the judge fails too often.
     """
     check_filters(config)
-    c = config["curate"]
-    # One host asks the editor for all.
+    c, total = config["curate"], collections.Counter()
+    # One host asks for all: parts_of tells the others what it found.
     edit = open_editor(c["editor"], c["editor_timeout_s"], c["editor_tries"]) if hosts.is_writer() else None
+    judge = open_verifier(c["judge"], c["editor_timeout_s"], c["editor_tries"]) if hosts.is_writer() else None
 
     def use(groups: list[Group]) -> dict[str, Any]:
         counts, lines = collections.Counter(), []
         for group in groups:
+            if judge is not None and group[0].example["grader"] == "judged":
+                asked, group = len(group), judged_right(group, judge)
+                counts += collections.Counter({"sampled": asked - len(group), "dropped by judge": asked - len(group)})
+                too_often(total, asked, asked - len(group), c["editor_may_fail"], "config.curate.judge")
             kept, dropped = keep(group, config)
             counts += dropped
             for s in kept:
                 question, text = s.example["question"], s.text.strip()
-                rewritten = text if edit is None else edit(question, text)
-                if rewritten is None:
-                    counts["dropped by editor"] += 1
-                    continue
-                lines.append(conversation(question, rewritten, id=s.example["id"], source=run.stage))
+                if edit is not None:
+                    text = edit(question, text)
+                    why = unfit(s, text, config)
+                    too_often(total, 1, why is not None, c["editor_may_fail"], "config.curate.editor")
+                    if why is not None:
+                        counts[f"dropped by {why}"] += 1
+                        continue
+                lines.append(conversation(question, text, id=s.example["id"], source=run.stage))
         return {"lines": lines, "counts": counts}
 
     parts = sample_parts(run, config, policy, config["data"]["source"], run.stage, use)
     counts = sum((collections.Counter(part["counts"]) for part in parts), collections.Counter())
     lines = [line for part in parts for line in part["lines"]]
-    failed = counts["dropped by editor"]
-    if failed > c["editor_may_fail"] * max(failed + len(lines), 1):
-        raise ValueError(
-            f"{run.stage}: the editor gave nothing for {failed} of {failed + len(lines)} samples; "
-            "see config.curate.editor and editor_may_fail"
-        )
     if not lines:
         dropped = ", ".join(f"{count} {why}" for why, count in counts.items())
         raise ValueError(f"{run.stage}: no sample is left to learn from ({dropped}); see config.curate.filters")
@@ -216,7 +272,9 @@ def _in_words(counts: dict[str, int]) -> str:
 
 
 def general_data(config: Config, seed: int) -> list[dict[str, Any]]:
-    """Conversations of config.curate.general: a chat file, or "letters" by the packaged writers.
+    """Conversations of config.curate.general, a draw of them if there are more than asked for.
+
+    A chat file, or "letters" by the packaged writers.
 
     Raises:
         ValueError: no such file, or a line of it is no conversation.
@@ -233,4 +291,5 @@ def general_data(config: Config, seed: int) -> list[dict[str, Any]]:
     for number, record in sources.read_records(c["general"], "config.curate.general"):
         conversations.messages_of(record, f"{c['general']}, line {number}")
         lines.append({"source": "general", **record})
-    return lines[: c["general_examples"]]
+    most = c["general_examples"] or len(lines)
+    return random.Random(f"general {seed}").sample(lines, most) if most < len(lines) else lines

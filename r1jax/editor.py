@@ -1,26 +1,28 @@
-"""Who rewrites a sampled completion before it is learned from: a rule, a function of yours, or a model behind a server.
+"""Who rewrites a sampled completion before it is learned from, or says whether it is right where no rule can.
 
-The report lets a model make first-person prose with a summary out of R1-Zero's chains (section 2.3.1). A server is
-asked by the chat-completions protocol that OpenAI's, vLLM's and SGLang's speak. What fails is dropped and counted.
+The report lets a model make first-person prose with a summary out of R1-Zero's chains (section 2.3.1). What it does
+not rewrite well is dropped and counted (r1jax/curate.py).
 """
 
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 
-from r1jax.rewards.form import THINK, THINK_END
-from r1jax.rewards.table import resolve
+from r1jax.endpoint import open_asked
+from r1jax.rewards.form import ANSWER, ANSWER_END, THINK, THINK_END
+from r1jax.types import Example
 
 Editor = Callable[[str, str], str | None]  # question, completion to the new completion; None: drop it
+Verifier = Callable[[Example, str], bool | None]  # whether a reply says what the example's answer says; None: no idea
 
 INSTRUCTION = (
     "Rewrite the reasoning below as fluent first-person thought in the language of the question, without repetition. "
     "Keep every step that leads to the answer, the answer itself, and the tags <think> </think> <answer> </answer>. "
     "Reply with the rewritten text alone.\n\nQuestion: {question}\n\nReasoning:\n{completion}"
+)
+VERIFY = (
+    "A question, its reference answer and somebody's answer to it follow. Does that answer say the same as the "
+    'reference? Reply with "yes" or "no" and nothing else.\n\nQuestion: {question}\n\nReference answer: {answer}\n\n'
+    "Answer: {reply}"
 )
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 
@@ -36,43 +38,6 @@ def tidy(question: str, completion: str) -> str | None:
     return f"{THINK} {joint.join(sentences)} {THINK_END}{after}"
 
 
-def ask(url: str, model: str, text: str, timeout_s: float, tries: int) -> str | None:
-    """The reply of a chat-completions server to one message; None when every try failed or the reply was nonsense.
-
-    The key of the server, if it wants one, stands in the environment as OPENAI_API_KEY.
-    """
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": text}]}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
-    for attempt in range(tries):
-        try:
-            request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                content = json.load(answer)["choices"][0]["message"]["content"]
-            if isinstance(content, str) and content.strip():
-                return content.strip()
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404):
-                raise ValueError(
-                    f"{url} refuses to answer ({error}); see config.curate.editor, config.preference.judge, "
-                    "config.eval.judge"
-                ) from error
-        if attempt + 1 < tries:
-            time.sleep(min(2.0**attempt, 30.0))
-    return None
-
-
-def server(name: str, key: str) -> tuple[str, str]:
-    """Address and model of "http(s)://HOST/v1#MODEL".
-
-    Raises:
-        ValueError: there is no model; names `key`.
-    """
-    url, _, model = name.partition("#")
-    if not model:
-        raise ValueError(f"{key} is {name!r}: the model's name is missing, {url}#MODEL")
-    return url, model
-
-
 def open_editor(name: str, timeout_s: float, tries: int) -> Editor | None:
     """What config.curate.editor names; None: nothing is rewritten.
 
@@ -83,12 +48,31 @@ def open_editor(name: str, timeout_s: float, tries: int) -> Editor | None:
         return None
     if name == "tidy":
         return tidy
-    if name.startswith(("http://", "https://")):
-        url, model = server(name, "config.curate.editor")
-        return lambda question, completion: ask(
-            url, model, INSTRUCTION.format(question=question, completion=completion), timeout_s, tries
-        )
-    try:
-        return resolve(name)
-    except ValueError as error:
-        raise ValueError(f"config.curate.editor is {name!r}: {error}") from error
+    return open_asked(name, "config.curate.editor", _instruction, _with_its_tags, timeout_s, tries)
+
+
+def _instruction(question: str, completion: str) -> str:
+    return INSTRUCTION.format(question=question, completion=completion)
+
+
+def _with_its_tags(reply: str, question: str, completion: str) -> str | None:
+    """The reply if it has kept what a reader finds thought and answer by."""
+    tags = (tag for tag in (THINK, THINK_END, ANSWER, ANSWER_END) if tag in completion)
+    return reply if all(tag in reply for tag in tags) else None
+
+
+def open_verifier(name: str, timeout_s: float, tries: int) -> Verifier | None:
+    """What config.curate.judge names; None: nothing is judged.
+
+    Raises:
+        ValueError: there is no such judge.
+    """
+    return open_asked(name, "config.curate.judge", _asking, _yes_or_no, timeout_s, tries) if name else None
+
+
+def _asking(example: Example, reply: str) -> str:
+    return VERIFY.format(question=example["question"], answer=example["answer"], reply=reply)
+
+
+def _yes_or_no(said: str, *_: object) -> bool | None:
+    return {"yes": True, "no": False}.get(said.strip(" .!*\"'\n").lower())

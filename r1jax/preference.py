@@ -5,7 +5,9 @@ does not interfere with the thought; safety is learned from single responses and
 """
 
 import collections
+import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from r1jax import letters
-from r1jax.editor import ask, server
+from r1jax.endpoint import open_asked
 from r1jax.rewards.form import ANSWER, ANSWER_END
 from r1jax.rewards.table import resolve
 from r1jax.rewards.worth import reply_of
@@ -48,22 +50,20 @@ def open_judge(name: str, timeout_s: float, tries: int, key: str = "config.prefe
     """
     if name == "letters":
         return judge_letters
-    if not name.startswith(("http://", "https://")):
-        try:
-            return resolve(name)
-        except ValueError as error:
-            raise ValueError(f"{key} is {name!r}: {error}") from error
-    url, model = server(name, key)
+    return open_asked(name, key, _both, _difference, timeout_s, tries)
 
-    def judge(example: Example, first: str, second: str) -> float | None:
-        said = ask(url, model, INSTRUCTION.format(question=example["question"], a=first, b=second), timeout_s, tries)
-        numbers = (said or "").split()
-        try:
-            return float(numbers[0]) - float(numbers[1]) if len(numbers) == 2 else None
-        except ValueError:
-            return None
 
-    return judge
+def _both(example: Example, first: str, second: str) -> str:
+    return INSTRUCTION.format(question=example["question"], a=first, b=second)
+
+
+def _difference(said: str, *_: object) -> float | None:
+    """Of the two ratings from 1 to 10 in what a judge said: "7 4", "7/10, 4/10", "Reply 1: 7, reply 2: 4"."""
+    plain = re.sub(r"(?i)\breply\s*\d|(?<=\d)\s*/\s*10\b", "", said)
+    ratings = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", plain)]
+    if len(ratings) != 2 or not all(1 <= rating <= 10 for rating in ratings):
+        return None
+    return ratings[0] - ratings[1]
 
 
 def open_safety(name: str) -> Callable[[Example, str], bool]:
@@ -86,7 +86,7 @@ def judged_gap(judge: Judge, example: Example, a: str, b: str, times: int, rng: 
     for _ in range(times):
         swapped = rng.random() < 0.5
         gap = judge(example, b, a) if swapped else judge(example, a, b)
-        if gap is None:
+        if gap is None or not math.isfinite(gap):
             return None
         gaps.append(-gap if swapped else gap)
     return statistics.fmean(gaps)

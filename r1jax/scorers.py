@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
+from absl import logging
 
 from r1jax import hosts, next_token, optim, preference, sharding, updates
 from r1jax.folders import folder_at
@@ -164,6 +165,11 @@ def load(run: Run, config: Config, folder: pathlib.Path, policy: Policy) -> pref
     def scorer(texts: Sequence[tuple[str, str]]) -> np.ndarray:
         """Between 0 and 1; 0.0 for what does not fit into config.preference.row_tokens."""
         rows, fits = preference.rows_of(texts, policy.tokenizer, config["data"]["template"], c["row_tokens"])
+        if not fits.all():
+            logging.log_every_n(
+                logging.WARNING, "%d of %d texts are longer than config.preference.row_tokens and score 0.0", 100,
+                (~fits).sum(), len(fits),
+            )  # fmt: skip
         found = hosts.fetch(score(params, batches(rows, c["rows"], layout))).reshape(-1)[: len(texts)]
         return np.where(fits, 1.0 / (1.0 + np.exp(-found.astype(np.float64))), 0.0)
 

@@ -1,9 +1,9 @@
 """Rejection sampling: what is kept, what each filter drops, and editors that fail."""
 
-import http.server
+import collections
+import dataclasses
 import json
-import threading
-from collections.abc import Iterator
+import types
 
 import numpy as np
 import pytest
@@ -66,9 +66,11 @@ def test_a_filter_that_cannot_work_is_refused():
 
 def test_general_data_is_a_chat_file_or_letters(tmp_path):
     path = tmp_path / "general.jsonl"
-    line = curate.conversation("Hello", "Hi", source="mine")
-    path.write_text("".join(json.dumps(line) + "\n" for _ in range(3)))
-    assert curate.general_data(config(general=str(path), general_examples=2), 0) == [line, line]
+    lines = [curate.conversation(f"Hello {i}", "Hi", source="mine") for i in range(40)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    drawn = curate.general_data(config(general=str(path), general_examples=20), 0)
+    assert len(drawn) == 20 and all(one in lines for one in drawn) and drawn != lines[:20]
+    assert curate.general_data(config(general=str(path), general_examples=0), 0) == lines
     path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     with pytest.raises(ValueError, match=r"general\.jsonl, line 1: .*two messages or more"):
         curate.general_data(config(general=str(path)), 0)
@@ -86,52 +88,64 @@ def test_tidy_says_nothing_twice_and_drops_what_has_no_thought():
     assert editor.tidy("q", "the answer is 2") is None and editor.tidy("q", "<think> so long") is None
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list]]:
-    """A chat-completions server that gives the replies of a list in turn, and what it was asked."""
-    replies: list = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, body = replies.pop(0) if replies else (200, {"choices": [{"message": {"content": str(asked)}}]})
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/v1", replies
-        running.shutdown()
-
-
-def test_a_server_is_asked_again_when_it_fails_or_answers_nonsense(server, monkeypatch):
-    monkeypatch.setattr(editor.time, "sleep", lambda _: None)
-    url, replies = server
-    replies += [(500, b"down"), (200, b"not json"), (200, {"choices": [{"message": {"content": "better"}}]})]
-    edit = editor.open_editor(f"{url}#some-model", 5.0, 3)
-    assert edit("the question", "the reasoning") == "better" and not replies
-    replies += [(500, b""), (200, {"choices": []}), (200, {"choices": [{"message": {"content": " "}}]})]
-    assert edit("the question", "the reasoning") is None
-    said = edit("the question", "the reasoning")
-    assert "some-model" in said and "the question" in said and "the reasoning" in said
-
-
-def test_a_server_that_refuses_or_is_not_there(server, monkeypatch):
-    monkeypatch.setattr(editor.time, "sleep", lambda _: None)
-    url, replies = server
-    replies.append((401, b""))
-    with pytest.raises(ValueError, match=r"refuses to answer .*401.*config\.curate\.editor"):
-        editor.ask(url, "m", "text", 5.0, 3)
-    assert editor.ask("http://127.0.0.1:9/v1", "m", "text", 1.0, 2) is None
-
-
 @pytest.mark.parametrize(
     ("name", "message"), [("http://host/v1", "model's name is missing"), ("nowhere:edit", "config.curate.editor")]
 )
 def test_an_editor_that_cannot_be_had_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         editor.open_editor(name, 1.0, 1)
+
+
+# --- editors and judges -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "why"),
+    [
+        (GOOD.replace("let me try", "I try"), None),
+        (None, "editor"),
+        (" ", "editor"),
+        (7, "editor"),
+        ("I am sorry, I cannot do that.", "editor: format"),
+        (GOOD.replace("let me try. ", "让我试试。"), "editor: language"),
+        (GOOD.replace("<answer>3*5", "<answer>3+5"), "editor: answer"),
+    ],
+)
+def test_what_an_editor_writes_is_looked_at_again(rewritten, why):
+    assert curate.unfit(sample(GOOD), rewritten, config()) == why
+
+
+def rejected(monkeypatch, groups: list, **changes: object) -> tuple[list[dict], collections.Counter]:
+    """What rejection sampling makes of these groups."""
+    monkeypatch.setattr(curate, "sample_parts", lambda run, config, policy, source, name, use: [use(groups)])
+    run = types.SimpleNamespace(stage="dev1")
+    return curate.reject(run, config(**changes), None)
+
+
+def test_an_editor_costs_the_samples_it_fails_at_until_it_is_too_often(monkeypatch, tmp_path):
+    (tmp_path / "editors.py").write_text(
+        "def some(question, completion):\n"
+        "    if 'see' in completion:\n"
+        "        raise RuntimeError('as a function may')\n"
+        "    return completion if 'me try' in completion else 'no.'\n"
+    )
+    texts = [GOOD, GOOD.replace("try", "see"), GOOD.replace("try", "think")]
+    group = [sample(text) for text in texts]
+    more = {"keep_per_prompt": 3, "editor": f"{tmp_path}/editors.py:some"}
+    lines, counts = rejected(monkeypatch, [group], **more)
+    assert [one["messages"][1]["content"] for one in lines] == [GOOD]
+    assert counts == {"sampled": 3, "dropped by editor": 1, "dropped by editor: format": 1}
+    with pytest.raises(ValueError, match=r"config\.curate\.editor gave nothing usable for 21 of 32; .*editor_may_fail"):
+        rejected(monkeypatch, [group] * 40, **more)
+
+
+def test_answers_that_no_rule_grades_are_kept_if_a_judge_calls_them_right(monkeypatch, tmp_path):
+    (tmp_path / "judges.py").write_text(
+        "def fair(example, reply):\n    return None if reply == '4*5' else reply == example['answer']\n"
+    )
+    texts = [GOOD, GOOD.replace("<answer>3*5", "<answer>3+5"), GOOD.replace("<answer>3*5", "<answer>4*5")]
+    example = {**sample(GOOD).example, "grader": "judged", "answer": "3*5"}
+    group = [dataclasses.replace(sample(text, right=0.0), example=example) for text in texts]
+    lines, counts = rejected(monkeypatch, [group], judge=f"{tmp_path}/judges.py:fair")
+    assert [one["messages"][1]["content"] for one in lines] == [GOOD]
+    assert counts == {"sampled": 3, "dropped by correct": 1, "dropped by judge": 1}

@@ -50,6 +50,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     make_policy(folder)
     (folder / "judge.py").write_text(
         "def prefers_many_letters(example, first, second):\n    return (len(set(first)) - len(set(second))) / 10\n"
+        "def is_even(example, response):\n    return len(response) % 2 == 0\n"
     )
     return folder
 
@@ -58,6 +59,7 @@ def make_config(policy: pathlib.Path, **changes: object) -> ConfigDict:
     """configs/r1.py at a size that takes seconds."""
     config = r1.get_config()
     given = {**SMALL, "model.path": str(policy), "preference.judge": f"{policy}/judge.py:prefers_many_letters"}
+    given["preference.safety"] = f"{policy}/judge.py:is_even"
     for key, value in {**given, **changes}.items():
         *groups, name = key.split(".")
         group = config

@@ -29,6 +29,7 @@ ORDER = [
     "curate",
     "preference",
     "editor",
+    "endpoint",
     "loops",
     "next_token",
     "held_out",

@@ -31,17 +31,23 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: st
     if hosts.agree(path.exists()):
         return json.loads(path.read_text("utf-8"))["data"]
     judge = preference.open_judge(c.judge, config.curate.editor_timeout_s, config.curate.editor_tries)
-    is_safe = preference.open_safety(c.safety)
+    is_safe, total = preference.open_safety(c.safety), collections.Counter()
     own = config.copy_and_resolve_references()
     own.data.split = split
 
     def use(groups: list[Group]) -> dict[str, Any]:
+        if not hosts.is_writer():  # one host asks for all
+            return {}
         pairs: list[dict[str, Any]] = []
         counts: collections.Counter[str] = collections.Counter()
         for group in groups:
             found, why = preference.pairs_of(group, judge, c.judgements, c.margin)
             pairs += found
             counts += why
+            asked = why["pairs"] - why["alike or empty"]
+            curate.too_often(
+                total, asked, why["judge failed"], config.curate.editor_may_fail, "config.preference.judge"
+            )
         labelled = [
             {"question": s.example["question"], "response": s.text, "safe": bool(is_safe(s.example, s.text))}
             for group in groups
@@ -55,7 +61,9 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: st
     counts = dict(sum((collections.Counter(part["counts"]) for part in parts), collections.Counter()))
     hosts.say(f"{run.stage}, {split}: {len(pairs)} pairs balanced by length of {counts}")
     if not pairs:
-        raise ValueError(f"{run.stage}: no pair of split {split} is left ({counts}); see config.preference.margin")
+        raise ValueError(
+            f"{run.stage}: no pair of split {split} is left ({counts}); see config.preference.margin and judge"
+        )
     labelled = [one for part in parts for one in part["labelled"]]
     kept = random.Random(f"labelled {run.seed}").sample(labelled, min(len(labelled), c.safety_responses))
     made = {"pairs": pairs, "labelled": kept}
@@ -75,7 +83,18 @@ def rows(config: ConfigDict, policy: Policy, made: dict[str, list], model: str) 
     length, template = config.preference.row_tokens, config.data.template
     arrays, fits = preference.rows_of(each, policy.tokenizer, template, length, labels)
     whole = fits.reshape(-1, per_item).all(1)
+    if not whole.all():
+        hosts.say(
+            f"{model}: {(~whole).sum()} of {len(whole)} are longer than config.preference.row_tokens and left out"
+        )
+    if not whole.any():
+        raise ValueError(f"{model}: nothing fits into config.preference.row_tokens ({length})")
     return {name: a.reshape(-1, per_item, length)[whole] for name, a in arrays.items()}
+
+
+def unsafe_share(rows: dict[str, np.ndarray]) -> float:
+    """Of labelled responses [N, 1, T]; the label of a safe one is 1 at its last token."""
+    return float(1 - rows["label"].sum((1, 2)).mean())
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
@@ -96,10 +115,17 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     new = out.with_name(f".{out.name}.new")
     for name, loss in MODELS.items():
         this = dataclasses.replace(run, stage=f"{run.stage}_{name}")
-        held_out = rows(config, policy, valid, name)
-        params, scores = scorers.train(this, config, policy, loss, rows(config, policy, train, name), held_out)
+        learned, held_out = (rows(config, policy, made, name) for made in (train, valid))
+        if name == "safe" and unsafe_share(learned) in (0.0, 1.0):
+            raise ValueError(
+                f"{run.stage}: config.preference.safety says the same of all {len(learned['label'])} responses "
+                f"({unsafe_share(learned):.0%} unsafe), so there is nothing to learn"
+            )
+        params, scores = scorers.train(this, config, policy, loss, learned, held_out)
         flat = {key: a.reshape(-1, a.shape[-1]) for key, a in held_out.items()}
         report = scorers.measured(scores, loss, flat) | {"held_out": len(scores)}
+        if name == "safe":
+            report["unsafe_share"] = unsafe_share(held_out)
         hosts.say(f"{run.stage}: {name} is right on {report['eval/accuracy']:.1%} of {len(scores)} held-out rows, "
                   f"correlation of score and length {report['eval/length_correlation']:+.2f}")  # fmt: skip
         scorers.save(new / name, policy, params, report)
