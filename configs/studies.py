@@ -2,8 +2,9 @@
 
 NAME is ppo, ppo_short_sighted, prm or mcts. No name is GRPO, the run that PPO is beside: `python -m r1jax.ablate
 --config=configs/studies.py --ablations=ppo,ppo_short_sighted --workdir=DIR` runs all three and writes the table. All
-values are *our choice*, on the packaged base and two CPU cores; how long a study takes and what it shows is *not
-measured yet* (tests/bench/RESULTS.md).
+values are *our choice*, on the packaged base and two CPU cores. *Measured* (2026-11-28, seed 0, RESULTS.md): the three
+runs of ablate 4.9 minutes, prm 5.0, mcts 3.5; PPO as good as GRPO with twice the state, PPO with lambda 0.95 worse than
+the base; best of 16 by step scores 72.7% where the majority is right in 46.1%; search worse than sampling.
 """
 
 import difflib
@@ -22,7 +23,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "stages": ("prm",),
         "rl.updates": 32,
         "optim.decay_steps": 32,
-        "curate.prompts": 768,
+        "curate.prompts": 256,
         "curate.samples": 4,
         "prm.continuations": 4,
         "value_model.epochs": 2.0,
@@ -31,13 +32,13 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "mcts": {
         "stages": ("mcts",),
-        "curate.prompts": 2048,
+        "curate.prompts": 512,
         "curate.samples": 4,
         "value_model.epochs": 2.0,
         "mcts.segment_tokens": 24,
         "mcts.budgets": (256, 512, 1024),
-        # As many samples as the largest budget can hold.
-        "eval.samples": 64,
+        "eval.problems": 64,
+        "eval.samples": 48,
     },
 }
 
