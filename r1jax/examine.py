@@ -88,7 +88,7 @@ def record_of(groups: Sequence[Group], named: Named, stage: str, step: int, foun
 
 
 def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
-    """Measures a policy on every benchmark of config.eval.benchmarks that has no record of this stage yet.
+    """Measures a policy on every benchmark of config.eval.benchmarks that has no such record of this stage yet.
 
     Raises:
         ValueError: an unknown benchmark, a file with other columns, an open-ended one without a judge; before anything
@@ -106,13 +106,12 @@ def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
     drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
     verbs = make_verbs(config, policy, run.layouts["decode"], drawing)
     weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])(policy.params)
-    done = {one.get("benchmark") for one in run.summary.evals if one["stage"] == run.stage}
-    how = {"seed": run.seed, **{key: settings[key] for key in ("temperature", "top_p", "top_k", "opening")}}
-    how |= {"template": prompts["template"], "max_completion_tokens": limit}
     for one in asked:
-        if one.name in done:
+        examples, samples = loaded[one.name], settings["benchmark_samples"] or one.kind.samples
+        how = {"source": one.source, **held_out.measured_with(run, config, examples, samples)}
+        how |= {"max_completion_tokens": limit, "judge": settings["judge"] if one.kind.grader == "judged" else ""}
+        if run.summary.has({"stage": run.stage, "step": 0, "benchmark": one.name, **how}):
             continue
-        examples = loaded[one.name]
         hosts.say(f"{one.name}: {len(examples)} problems of {one.source}")
         found = {"decontamination": None, **held_out.leaks(examples, (), settings["decontaminate"], prompts["split"])}
         with open_pool(config, dict.fromkeys(one.kind.rewards, 1.0)) as pool:
@@ -122,7 +121,7 @@ def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
                 examples=examples,
                 verbs=verbs,
                 pool=pool,
-                samples=settings["benchmark_samples"] or one.kind.samples,
+                samples=samples,
                 max_completion_tokens=limit,
                 template=prompts["template"],
                 max_prompt_tokens=prompts["max_prompt_tokens"],
