@@ -5,8 +5,15 @@ Two or three epochs, a cosine from 5e-5 to a tenth (R1 report, sections 2.3.1, 2
 
 import dataclasses
 
-from r1jax import conversations, held_out, hosts, next_token, report
+from r1jax import conversations, held_out, hosts, next_token, report, sources
 from r1jax.run import Config, Policy, Run, export, open_checkpoints, optim_config, training_program
+from r1jax.types import Example
+
+
+def questions(path: str, key: str) -> list[Example]:
+    """What the user says in the conversations of a file, which an evaluation must not ask again."""
+    messages = (message for _, record in sources.read_records(path, key) for message in record["messages"])
+    return [{"question": message["content"]} for message in messages if message["role"] == "user"]
 
 
 def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> Policy:
@@ -38,7 +45,7 @@ def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> 
         open_checkpoints(run, config["checkpoint"]),
     )
     tuned = dataclasses.replace(policy, params=params)
-    held_out.evaluate_policy(run, config, tuned, steps)
+    held_out.evaluate_policy(run, config, tuned, steps, questions(data, key))
     policy = export(run, policy, params)
     run.summary.write()
     if hosts.is_writer():

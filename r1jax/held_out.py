@@ -192,8 +192,8 @@ def leaks(
         split: of those that are sources.
     """
     found: dict[str, Any] = {}
-    questions = {one["question"] for one in trained_on}
-    if same := [one["id"] for one in examples if one["question"] in questions]:
+    questions = {one["question"].strip() for one in trained_on}
+    if same := [one["id"] for one in examples if one["question"].strip() in questions]:
         found["trained_on"] = {"problems": len(same), "share": len(same) / len(examples), "ids": same}
         hosts.say(
             f"warning: {len(same)} of {len(examples)} held-out problems are among the training prompts "
@@ -213,8 +213,11 @@ def named(ids: Sequence[str], most: int = 5) -> str:
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None:
+def evaluate_policy(run: Run, config: Config, policy: Policy, step: int, trained_on: Sequence[Example] = ()) -> None:
     """Measures a policy once, as config.eval asks for it.
+
+    Args:
+        trained_on: see `prepare`.
 
     Raises:
         run.Stopped: SIGTERM came.
@@ -224,7 +227,7 @@ def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None
     limit = config["eval"]["max_completion_tokens"] or config["rl"]["max_completion_tokens"]
     check_lengths(policy, config["data"]["max_prompt_tokens"], limit)
     with open_pool(config) as pool:
-        problems = prepare(run, config, policy, pool)
+        problems = prepare(run, config, policy, pool, trained_on=trained_on)
         weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])(policy.params)
         try:
             problems.measure(weights, step, limit)

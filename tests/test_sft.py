@@ -130,6 +130,17 @@ def test_a_run_learns_what_it_is_shown_and_goes_on_where_it_was_stopped(policy, 
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_problems_that_stand_in_the_conversations_are_named(policy, data, tmp_path, capsys) -> None:
+    problems = [{"id": str(i), "question": QUESTIONS[i] + " " * i, "answer": "1"} for i in range(2)]
+    problems.append({"id": "new", "question": "1 + 1?", "answer": "2"})
+    source = write(tmp_path / "problems.jsonl", problems)
+    execute(sft_config(policy, data, data__source=source, sft__epochs=1.0), tmp_path / "run")
+    (record,) = json.loads((tmp_path / "run" / "summary.json").read_text())["evals"]
+    assert record["trained_on"] | {"ids": None} == {"problems": 2, "share": pytest.approx(2 / 3), "ids": None}
+    assert sorted(record["trained_on"]["ids"]) == ["0", "1"]
+    assert "2 of 3 held-out problems are among the training prompts" in capsys.readouterr().out
+
+
 def test_microbatches_add_up_to_the_whole_step(policy, data, tmp_path) -> None:
     whole = execute(sft_config(policy, data, sft__microbatch_rows=0), tmp_path / "whole").params
     parts = execute(sft_config(policy, data), tmp_path / "parts").params
