@@ -3,10 +3,11 @@
 General instructions have no right answer: beside the problems, they are measured by a rule that training never sees.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -193,11 +194,11 @@ def leaks(
     """
     found: dict[str, Any] = {}
     questions = {one["question"].strip() for one in trained_on}
-    if same := [one["id"] for one in examples if one["question"].strip() in questions]:
+    if same := [one["id"] for one in examples if overlap.asked(one).strip() in questions]:
         found["trained_on"] = {"problems": len(same), "share": len(same) / len(examples), "ids": same}
         hosts.say(
             f"warning: {len(same)} of {len(examples)} held-out problems are among the training prompts "
-            f"({named(same)}); set config.data.eval_source to others"
+            f"({named(same)}); measure on others (config.data.eval_source)"
         )
     if against and examples:
         found["decontamination"] = report = overlap.report(examples, against, split)
@@ -213,23 +214,39 @@ def named(ids: Sequence[str], most: int = 5) -> str:
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-def evaluate_policy(run: Run, config: Config, policy: Policy, step: int, trained_on: Sequence[Example] = ()) -> None:
-    """Measures a policy once, as config.eval asks for it.
+@contextlib.contextmanager
+def measuring(
+    run: Run, config: Config, policy: Policy, trained_on: Sequence[Example] = ()
+) -> Iterator[Callable[[Params, int], None]]:
+    """Opens what config.eval asks for; yields what measures a policy of this kind, given its parameters, at a step.
+
+    It raises run.Stopped when SIGTERM came.
 
     Args:
         trained_on: see `prepare`.
 
     Raises:
-        run.Stopped: SIGTERM came.
+        ValueError: as `prepare`, and lengths that do not fit into the policy's context.
     """
     if not config["eval"]["problems"]:
+        yield lambda params, step: None
         return
     limit = config["eval"]["max_completion_tokens"] or config["rl"]["max_completion_tokens"]
     check_lengths(policy, config["data"]["max_prompt_tokens"], limit)
+    weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])
     with open_pool(config) as pool:
         problems = prepare(run, config, policy, pool, trained_on=trained_on)
-        weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])(policy.params)
-        try:
-            problems.measure(weights, step, limit)
-        except Interrupted as stopped:
-            raise Stopped from stopped
+
+        def measure(params: Params, step: int) -> None:
+            try:
+                problems.measure(weights(params), step, limit)
+            except Interrupted as stopped:
+                raise Stopped from stopped
+
+        yield measure
+
+
+def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None:
+    """Measures a policy once, as config.eval asks for it; see `measuring`."""
+    with measuring(run, config, policy) as measure:
+        measure(policy.params, step)
