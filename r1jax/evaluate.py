@@ -52,7 +52,8 @@ def curves_by_k(groups: Sequence[Group], reward: str) -> dict[str, dict[str, flo
 def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
     """The record of an evaluation: what summary.json keeps of it.
 
-    Right is what the reward "accuracy" calls right, or the first reward where there is none of that name.
+    Right is what the reward "accuracy" calls right, or the first reward where there is none of that name. Reflective
+    words are English ones: a completion in another language has none.
     """
     names = list(groups[0][0].graded.rewards)
     name = "accuracy" if "accuracy" in names else names[0]
