@@ -237,15 +237,16 @@ def get_config() -> ConfigDict:
                 "top_k": 0,
                 "max_completion_tokens": 0,  # 0: as in training at that time
                 "opening": "",  # what every completion is made to begin with
-                # Measured by the stage evaluate in place of config.data: NAME=PATH.jsonl or NAME=tfds:DATASET, NAME
-                # one of benchmarks.TABLE.
+                # Measured by the stage evaluate in place of config.data, and beside it at the end of fine-tuning:
+                # NAME=PATH.jsonl or NAME=tfds:DATASET, NAME one of benchmarks.TABLE.
                 "benchmarks": (),
                 "benchmark_problems": 0,  # of each, the first in a fixed order; 0: all
                 "benchmark_samples": 0,  # per problem; 0: as the table has it, which has the report's
                 "decontaminate": (),  # training data (files, sources) where 10-grams of problems are looked for
                 "judge": "",  # of open-ended benchmarks: module:function, http(s)://HOST/v1#MODEL
-                # Updates between evaluations; 0: only before the first and after the last, -1: after it. In
-                # all_scenario_rl the alarm looks at its validation data then, and the problems come after the last.
+                # Updates between evaluations; 0: only before the first (not in fine-tuning) and after the last, -1:
+                # after it. In all_scenario_rl the alarm looks at its validation data then, and the problems come after
+                # the last.
                 "every": 0,
                 "general": "",  # instructions that are measured beside the problems: "letters"; empty: none
                 "general_samples": 4,  # per instruction

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from r1jax import hosts
 from r1jax.rewards.language import language_of
 from r1jax.rollout import Group, as_array, majority_is_right
 from r1jax.text import REFLECTIVE_WORDS, reflective_counts, reflective_words
@@ -51,7 +52,8 @@ def curves_by_k(groups: Sequence[Group], reward: str) -> dict[str, dict[str, flo
 def measure(groups: Sequence[Group], stage: str, step: int) -> dict[str, Any]:
     """The record of an evaluation: what summary.json keeps of it.
 
-    Right is what the reward "accuracy" calls right, or the first reward where there is none of that name.
+    Right is what the reward "accuracy" calls right, or the first reward where there is none of that name. Reflective
+    words are English ones: a completion in another language has none.
     """
     names = list(groups[0][0].graded.rewards)
     name = "accuracy" if "accuracy" in names else names[0]
@@ -135,9 +137,19 @@ def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]])
 
 
 def add_win_rates(evals: Sequence[dict[str, Any]], baseline: str) -> None:
-    """Adds general_win_rate, against the last evaluation of the stage `baseline`, to every record that can have it."""
-    against = [record for record in evals if record["stage"] == baseline and "general_worths" in record]
-    for record in evals if against else ():
-        if "general_worths" in record:
-            ours, theirs = (r["general_worths"] for r in (record, against[-1]))
-            record["general_win_rate"] = win_rate(ours, theirs)
+    """Adds general_win_rate, against the last evaluation of the stage `baseline`, to every record that can have it.
+
+    One that was measured on other instructions has none; it is named.
+    """
+    measured = [record for record in evals if "general_worths" in record]
+    against = [record for record in measured if record["stage"] == baseline]
+    for record in measured if against else ():
+        ours, theirs = ((r.get("general_digest"), r["general_worths"]) for r in (record, against[-1]))
+        record.pop("general_win_rate", None)
+        if ours[0] == theirs[0] and len(ours[1]) == len(theirs[1]):
+            record["general_win_rate"] = win_rate(ours[1], theirs[1])
+        else:
+            hosts.say(
+                f"{record['stage']}, step {record['step']}: no win rate against {baseline}, whose general instructions "
+                "were others (config.eval.general)"
+            )

@@ -6,7 +6,8 @@ only, not the thought, so that length earns nothing.
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from r1jax import benchmarks, data, draw, evaluate, held_out, hosts, metrics
@@ -16,6 +17,7 @@ from r1jax.rewards.table import check_examples
 from r1jax.rewards.worth import reply_of
 from r1jax.rollout import Group, Interrupted, Sample, as_array, encode_prompts, records
 from r1jax.run import Config, Policy, Run, Stopped, check_lengths, decode_layout, make_verbs, open_pool
+from r1jax.slots import Verbs
 from r1jax.types import Example
 
 WIN = "win"  # the reward of a judged sample: 1.0 better than the baseline's reply, 0.5 as good
@@ -87,15 +89,23 @@ def record_of(groups: Sequence[Group], named: Named, stage: str, step: int, foun
     return record
 
 
-def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
-    """Measures a policy on every benchmark of config.eval.benchmarks that has no record of this stage yet.
+def open_benchmarks(
+    run: Run, config: Config, policy: Policy, trained_on: Sequence[Example] = ()
+) -> Callable[[Policy, int], None]:
+    """Reads the benchmarks of config.eval.benchmarks; what is returned measures a policy of this kind at a step.
+
+    It leaves out those that have such a record of this stage and step; it raises run.Stopped when SIGTERM came, and
+    records that are there stay.
+
+    Args:
+        trained_on: see `held_out.prepare`.
 
     Raises:
-        ValueError: an unknown benchmark, a file with other columns, an open-ended one without a judge; before anything
-            is sampled.
-        run.Stopped: SIGTERM came; records that are there stay.
+        ValueError: an unknown benchmark, a file with other columns, an open-ended one without a judge.
     """
     settings, prompts = config["eval"], config["data"]
+    if not settings["benchmarks"]:
+        return lambda policy, step: None
     asked = [benchmarks.parse(entry) for entry in settings["benchmarks"]]
     if len(names := [one.name for one in asked]) > len(set(names)):
         raise ValueError(f"config.eval.benchmarks names one twice: {', '.join(names)}")
@@ -105,16 +115,37 @@ def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
     check_lengths(policy, prompts["max_prompt_tokens"], limit)
     drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
     verbs = make_verbs(config, policy, run.layouts["decode"], drawing)
+    known = {one.name: (one, loaded[one.name]) for one in asked}
+    return partial(_evaluate, run, config, verbs, judge, limit, known, trained_on)
+
+
+def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
+    """Measures a policy as it is on config.eval.benchmarks; see `open_benchmarks`, whose errors come first."""
+    open_benchmarks(run, config, policy)(policy, 0)
+
+
+def _evaluate(
+    run: Run,
+    config: Config,
+    verbs: Verbs,
+    judge: Judge | None,
+    limit: int,
+    asked: dict[str, tuple[Named, list[Example]]],
+    trained_on: Sequence[Example],
+    policy: Policy,
+    step: int,
+) -> None:
+    settings, prompts = config["eval"], config["data"]
     weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])(policy.params)
-    done = {one.get("benchmark") for one in run.summary.evals if one["stage"] == run.stage}
-    how = {"seed": run.seed, **{key: settings[key] for key in ("temperature", "top_p", "top_k", "opening")}}
-    how |= {"template": prompts["template"], "max_completion_tokens": limit}
-    for one in asked:
-        if one.name in done:
+    for one, examples in asked.values():
+        samples = settings["benchmark_samples"] or one.kind.samples
+        how = {"source": one.source, **held_out.measured_with(run, config, examples, samples)}
+        how |= {"max_completion_tokens": limit, "judge": settings["judge"] if one.kind.grader == "judged" else ""}
+        if run.summary.has({"stage": run.stage, "step": step, "benchmark": one.name, **how}):
             continue
-        examples = loaded[one.name]
         hosts.say(f"{one.name}: {len(examples)} problems of {one.source}")
-        found = {"decontamination": None, **held_out.leaks(examples, (), settings["decontaminate"], prompts["split"])}
+        leaks = held_out.leaks(examples, trained_on, settings["decontaminate"], prompts["split"])
+        found: dict[str, Any] = {"decontamination": None, **leaks}
         with open_pool(config, dict.fromkeys(one.kind.rewards, 1.0)) as pool:
             problems = held_out.HeldOut(
                 run=run,
@@ -122,7 +153,7 @@ def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
                 examples=examples,
                 verbs=verbs,
                 pool=pool,
-                samples=settings["benchmark_samples"] or one.kind.samples,
+                samples=samples,
                 max_completion_tokens=limit,
                 template=prompts["template"],
                 max_prompt_tokens=prompts["max_prompt_tokens"],
@@ -137,10 +168,11 @@ def evaluate_benchmarks(run: Run, config: Config, policy: Policy) -> None:
         if one.kind.grader == "judged":
             groups, found["judge_dropped"] = _judged(groups, judge, config)
         label = f"{run.stage} {one.name}"
-        rows = records(groups[: problems.written_groups], policy.tokenizer, label, 0, 0)
-        metrics.write_rollout(run.workdir, label.replace(" ", "-"), 0, rows)
-        run.summary.add(record_of(groups, one, run.stage, 0, how | found))
-    hosts.say(table([r for r in run.summary.evals if r["stage"] == run.stage and r.get("benchmark") in names]))
+        rows = records(groups[: problems.written_groups], policy.tokenizer, label, step, step)
+        metrics.write_rollout(run.workdir, label.replace(" ", "-"), step, rows)
+        run.summary.add(record_of(groups, one, run.stage, step, how | found))
+    here = [r for r in run.summary.evals if (r["stage"], r["step"]) == (run.stage, step)]
+    hosts.say(table([r for r in here if r.get("benchmark") in asked]))
 
 
 def _judge(config: Config, asked: Sequence[Named]) -> Judge | None:

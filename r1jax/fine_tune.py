@@ -5,12 +5,22 @@ Two or three epochs, a cosine from 5e-5 to a tenth (R1 report, sections 2.3.1, 2
 
 import dataclasses
 
-from r1jax import conversations, held_out, hosts, next_token, report
+from r1jax import conversations, examine, held_out, hosts, next_token, report, sources
 from r1jax.run import Config, Policy, Run, export, open_checkpoints, optim_config, training_program
+from r1jax.types import Example, Params
+
+
+def questions(path: str, key: str) -> list[Example]:
+    """What the user says in the conversations of a file, which an evaluation must not ask again."""
+    messages = (message for _, record in sources.read_records(path, key) for message in record["messages"])
+    return [{"question": message["content"]} for message in messages if message["role"] == "user"]
 
 
 def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> Policy:
     """Trains the policy on the conversations in `data` and evaluates it; leaves its model in WORKDIR/models and a page.
+
+    Evaluated are config.eval.problems every config.eval.every steps, if that is above 0, and at the end, when
+    config.eval.benchmarks are as well.
 
     Raises:
         ValueError: no conversation there that fits; names `key`, the config key that says which file it is.
@@ -27,18 +37,28 @@ def fine_tune(run: Run, config: Config, policy: Policy, data: str, key: str) -> 
         f"{given.conversations:,} conversations in {len(given.rows.tokens):,} rows of {c['row_tokens']:,} tokens, "
         f"{c['epochs']:g} epochs of them in {steps:,} steps{left_out}"
     )
-    params = next_token.train(
-        run,
-        policy,
-        training_program(config, policy, run.layouts["train"]),
-        optim_config(config, steps),
-        given.rows,
-        valid.rows if valid else None,
-        next_token.Schedule(steps, c["rows"], c["valid_every"], c["valid_rows"], c["microbatch_rows"]),
-        open_checkpoints(run, config["checkpoint"]),
-    )
-    tuned = dataclasses.replace(policy, params=params)
-    held_out.evaluate_policy(run, config, tuned, steps)
+    every, trained_on = config["eval"]["every"], questions(data, key)
+    on_benchmarks = examine.open_benchmarks(run, config, policy, trained_on)
+    with held_out.measuring(run, config, policy, trained_on) as measure:
+
+        def evaluate(params: Params, step: int) -> None:
+            if every > 0 and step > 0 and step % every == 0:
+                measure(params, step)
+
+        params = next_token.train(
+            run,
+            policy,
+            training_program(config, policy, run.layouts["train"]),
+            optim_config(config, steps),
+            given.rows,
+            valid.rows if valid else None,
+            next_token.Schedule(steps, c["rows"], c["valid_every"], c["valid_rows"], c["microbatch_rows"]),
+            open_checkpoints(run, config["checkpoint"]),
+            evaluate,
+        )
+        # What is measured last stands for the stage: the problems.
+        on_benchmarks(dataclasses.replace(policy, params=params), steps)
+        measure(params, steps)
     policy = export(run, policy, params)
     run.summary.write()
     if hosts.is_writer():

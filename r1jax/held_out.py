@@ -3,8 +3,11 @@
 General instructions have no right answer: beside the problems, they are measured by a rule that training never sees.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +47,7 @@ class HeldOut:
     stop_texts: tuple[str, ...]
     written_groups: int  # whose completions are written out in full
     opening: str = ""  # what every completion is made to begin with
+    how: dict[str, Any] = dataclasses.field(default_factory=dict)  # what it is measured with, for the record
     found: dict[str, Any] = dataclasses.field(default_factory=dict)  # about the problems, for the record
     general: "HeldOut | None" = None
     judge: Callable[[list[Group]], list[Group]] | None = None  # adds reward models' scores to general instructions
@@ -51,20 +55,22 @@ class HeldOut:
     def measure(self, weights: Params, step: int, limit: int) -> None:
         """Adds the record of these weights (decode layout) to summary.json, once per stage and step, and says it.
 
+        A record that was measured with something else, by `how`, is replaced.
+
         Args:
             limit: of completion tokens, where there is none of evaluation's own.
 
         Raises:
             rollout.Interrupted: the run was asked to stop.
         """
-        done = {(record["stage"], record["step"]) for record in self.run.summary.evals}
-        if not self.examples or (self.run.stage, step) in done:
+        how = {**self.how, "max_completion_tokens": self.max_completion_tokens or limit}
+        if not self.examples or self.run.summary.has({"stage": self.run.stage, "step": step, **how}):
             return
         tokenizer, groups = self.policy.tokenizer, self.sample(weights, limit)
         # The same prompts each time, so that the report can lay a problem's completions side by side.
         rows = records(groups[: self.written_groups], tokenizer, f"{self.run.stage} evaluation", step, step)
         metrics.write_rollout(self.run.workdir, f"{self.run.stage}-evaluation", step, rows)
-        record = evaluate.measure(groups, self.run.stage, step) | self.found
+        record = evaluate.measure(groups, self.run.stage, step) | how | self.found
         if self.general is not None:
             general = self.general.sample(weights, limit)
             record |= evaluate.measure_general(self.judge(general) if self.judge else general)
@@ -122,13 +128,16 @@ def prepare(
     drawing = draw.DrawConfig(**{key: settings[key] for key in ("temperature", "top_k", "top_p")})
     if training is None or training.drawing != drawing:
         training = make_verbs(config, policy, run.layouts["decode"], drawing)
-    taken = examples(prompts["eval_source"] or prompts["source"]) if most else []
+    source = prompts["eval_source"] or prompts["source"]
+    taken = examples(source) if most else []
+    how = {"source": source, "split": prompts["eval_split"], "rewards": sorted(config["rewards"])}
     problems = HeldOut(
         run=run,
         judge=judge,
         policy=policy,
         examples=taken,
         opening=opening,
+        how=how | measured_with(run, config, taken, settings["samples"]),
         found=leaks(taken, trained_on, settings["decontaminate"], prompts["split"]),
         verbs=training,
         pool=pool,
@@ -142,9 +151,36 @@ def prepare(
     if not settings["general"]:
         return problems
     general = examples(settings["general"], is_general=True)
+    how = {"general": settings["general"], "general_digest": digest(general), "general_k": settings["general_samples"]}
     return dataclasses.replace(
-        problems, general=dataclasses.replace(problems, examples=general, samples=settings["general_samples"])
+        problems,
+        how=problems.how | how,
+        general=dataclasses.replace(problems, examples=general, samples=settings["general_samples"]),
     )
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What tells these problems and their order from any others, in 16 hexadecimal digits."""
+    told = [[str(one.get(key)) for key in ("id", "question", "answer")] for one in examples]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def measured_with(run: Run, config: Config, examples: Sequence[Example], samples: int) -> dict[str, Any]:
+    """What a record says of how it was measured, but for the source of its problems and the longest completion.
+
+    As JSON gives it back, so that a record that was read can be compared.
+    """
+    settings = config["eval"]
+    return {
+        "model": config["model"]["path"],
+        "problems_digest": digest(examples),
+        "k": samples,
+        "seed": run.seed,
+        **{key: settings[key] for key in ("temperature", "top_p", "top_k", "opening")},
+        "template": config["data"]["template"],
+        "marked_answers": config["grading"]["marked_answers"],
+        "decontaminate": list(settings["decontaminate"]),
+    }
 
 
 def leaks(
@@ -157,12 +193,12 @@ def leaks(
         split: of those that are sources.
     """
     found: dict[str, Any] = {}
-    questions = {one["question"] for one in trained_on}
-    if same := [one["id"] for one in examples if one["question"] in questions]:
+    questions = {one["question"].strip() for one in trained_on}
+    if same := [one["id"] for one in examples if overlap.asked(one).strip() in questions]:
         found["trained_on"] = {"problems": len(same), "share": len(same) / len(examples), "ids": same}
         hosts.say(
             f"warning: {len(same)} of {len(examples)} held-out problems are among the training prompts "
-            f"({named(same)}); set config.data.eval_source to others"
+            f"({named(same)}); measure on others (config.data.eval_source)"
         )
     if against and examples:
         found["decontamination"] = report = overlap.report(examples, against, split)
@@ -178,20 +214,39 @@ def named(ids: Sequence[str], most: int = 5) -> str:
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None:
-    """Measures a policy once, as config.eval asks for it.
+@contextlib.contextmanager
+def measuring(
+    run: Run, config: Config, policy: Policy, trained_on: Sequence[Example] = ()
+) -> Iterator[Callable[[Params, int], None]]:
+    """Opens what config.eval asks for; yields what measures a policy of this kind, given its parameters, at a step.
+
+    It raises run.Stopped when SIGTERM came.
+
+    Args:
+        trained_on: see `prepare`.
 
     Raises:
-        run.Stopped: SIGTERM came.
+        ValueError: as `prepare`, and lengths that do not fit into the policy's context.
     """
     if not config["eval"]["problems"]:
+        yield lambda params, step: None
         return
     limit = config["eval"]["max_completion_tokens"] or config["rl"]["max_completion_tokens"]
     check_lengths(policy, config["data"]["max_prompt_tokens"], limit)
+    weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])
     with open_pool(config) as pool:
-        problems = prepare(run, config, policy, pool)
-        weights = decode_layout(policy, run.layouts["decode"], config["model"]["compute_dtype"])(policy.params)
-        try:
-            problems.measure(weights, step, limit)
-        except Interrupted as stopped:
-            raise Stopped from stopped
+        problems = prepare(run, config, policy, pool, trained_on=trained_on)
+
+        def measure(params: Params, step: int) -> None:
+            try:
+                problems.measure(weights(params), step, limit)
+            except Interrupted as stopped:
+                raise Stopped from stopped
+
+        yield measure
+
+
+def evaluate_policy(run: Run, config: Config, policy: Policy, step: int) -> None:
+    """Measures a policy once, as config.eval asks for it; see `measuring`."""
+    with measuring(run, config, policy) as measure:
+        measure(policy.params, step)

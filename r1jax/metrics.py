@@ -218,11 +218,25 @@ class Summary:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} is no run's summary ({error!r}); delete it to go on without") from error
 
+    def has(self, how: Json) -> bool:
+        """Whether evals hold an evaluation of this stage, step and benchmark that agrees with `how` in all it names.
+
+        One that does not, but was measured in another way, is named: it will be replaced.
+        """
+        one = next((one for one in self.evals if _is_same(one, how)), None)
+        if one is None:
+            return False
+        others = [f"{key} is {value!r}, was {one.get(key)!r}" for key, value in how.items() if one.get(key) != value]
+        if others:
+            what = " ".join([how["stage"], *filter(None, [how.get("benchmark")])])
+            hosts.say(f"{what}, step {how['step']} is measured anew: {', '.join(others)}")
+        return not others
+
     def add(self, result: Json, to: list[Json] | None = None) -> None:
         """Adds an evaluation to evals or another list, in place of one of the same stage, step and benchmark."""
         to = self.evals if to is None else to
         for i, one in enumerate(to):
-            if all(one.get(key) == result.get(key) for key in ("stage", "step", "benchmark")):
+            if _is_same(one, result):
                 to[i] = dict(result)
                 break
         else:
@@ -239,6 +253,10 @@ class Summary:
                 **({"validation": _plain(self.validation)} if self.validation else {}),
             }
             hosts.atomic_write(self.path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def _is_same(one: Json, other: Json) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("stage", "step", "benchmark"))
 
 
 class Moves:

@@ -76,6 +76,7 @@ def run_steps(
     describe: Callable[[Mapping[str, jax.Array], float], dict[str, float]],
     validate: Callable[[Params], dict[str, float]] | None,
     work: np.ndarray | None = None,
+    evaluate: Callable[[Params, int], None] | None = None,
 ) -> Params:
     """Runs all steps from where the checkpoints stand, and returns the parameters.
 
@@ -86,6 +87,7 @@ def run_steps(
         describe: standard names of one update from its sums and the learning rate.
         validate: what is measured of parameters every `schedule.valid_every` steps.
         work: operations that one step on each row asks for, logged where given.
+        evaluate: is shown the parameters before each step, with the steps done; it may raise run.Stopped.
 
     Raises:
         run.Stopped: SIGTERM came; everything is saved.
@@ -100,6 +102,13 @@ def run_steps(
         log = opened.enter_context(contextlib.closing(metrics.Log(run.workdir, run.stage, step)))
         progress = opened.enter_context(contextlib.closing(metrics.Progress(run.stage, schedule.steps, step)))
         while step < schedule.steps:
+            if evaluate is not None:
+                try:
+                    evaluate(state["policy"], step)
+                except Stopped:
+                    saved.save(step, state, {})
+                    saved.wait()
+                    raise
             start_s = time.perf_counter()
             places = range(step * schedule.rows, (step + 1) * schedule.rows)
             index = np.array([data.order(n, run.seed, place // n)[place % n] for place in places])
@@ -134,6 +143,7 @@ def train(
     valid: Rows | None,
     schedule: Schedule,
     saved: Checkpoints,
+    evaluate: Callable[[Params, int], None] | None = None,
 ) -> Params:
     """Next-token prediction over packed rows; see `run_steps`."""
     layout = run.layouts["train"]
@@ -159,4 +169,5 @@ def train(
         step_metrics,
         None if valid is None else validate,
         flops.BACKWARD * flops.packed(policy.config, rows.positions, rows.segments > 0),
+        evaluate,
     )

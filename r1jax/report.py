@@ -47,6 +47,15 @@ EVAL_COLUMNS = {
     "truncated_share": ("cut off", "share"),
     "training_tflops": ("training of the stage, 10¹² operations", ""),
 }
+# The same of a reward model; of rows, a pair has two.
+REWARD_MODEL_COLUMNS = {
+    "stage": ("stage", ""),
+    "model": ("reward model", ""),
+    "held_out": ("held-out rows", ""),
+    "eval/accuracy": ("right", "share"),
+    "eval/length_correlation": ("correlation of score and length", ""),
+    "unsafe_share": ("unsafe", "share"),
+}
 TILES = ("mean_completion_tokens", "reflective_per_completion", "format_share", "truncated_share")
 
 
@@ -71,7 +80,8 @@ def render(run: RunFolder) -> str:
         tiles=_tiles(run),
         notes="".join(f"<li>{html.escape(note)}</li>" for note in run.notes),
         curves=_curves(run, charts),
-        evals=_eval_table([_with_cost(run, one) for one in run.evals + run.benchmarks]),
+        evals=_table([_with_cost(run, one) for one in run.evals + run.benchmarks], EVAL_COLUMNS)
+        + ("<h3>Reward models</h3>" + _table(run.reward_models, REWARD_MODEL_COLUMNS) if run.reward_models else ""),
         config=html.escape(json.dumps(run.config, indent=2, sort_keys=True)) if run.config else "",
         style=(assets / "page.css").read_text("utf-8"),
         charts=island(charts),
@@ -202,11 +212,11 @@ def _with_cost(run: RunFolder, evaluation: Record) -> Record:
     return {**evaluation, "training_tflops": flops / 1e12} if flops else evaluation
 
 
-def _eval_table(evals: list[Record]) -> str:
+def _table(evals: list[Record], columns: dict[str, tuple[str, str]]) -> str:
     if not evals:
         return ""
     rows = []
-    shown = {field: column for field, column in EVAL_COLUMNS.items() if any(field in one for one in evals)}
+    shown = {field: column for field, column in columns.items() if any(field in one for one in evals)}
     for evaluation in evals:
         cells = []
         for field, (_, unit) in shown.items():

@@ -27,6 +27,7 @@ class RunFolder:
 
     metrics: per stage (in order of appearance) one record per optimizer step, steps ascending.
     completions: see `sample_completions`.
+    reward_models: of each its stage, its name and what was measured of it on held-out rows.
     notes: sentences on what is missing, unreadable or left out.
     """
 
@@ -35,6 +36,7 @@ class RunFolder:
     summary: Record
     metrics: dict[str, list[Record]]
     completions: Record
+    reward_models: list[Record]
     notes: list[str]
 
     @property
@@ -86,6 +88,10 @@ def read_run(workdir: str | pathlib.Path, with_completions: bool = True) -> RunF
         summary=_read_object(folder / "summary.json", notes),
         metrics=metrics,
         completions=sample_completions(folder / "rollouts", notes, list(metrics)) if with_completions else {},
+        reward_models=[
+            {"stage": path.parent.parent.name, "model": path.parent.name, **_read_object(path, notes)}
+            for path in sorted(folder.glob("models/[!.]*/*/report.json"))
+        ],
         notes=notes,
     )
 

@@ -66,6 +66,33 @@ def test_benchmarks_become_records(policy, tmp_path, capsys):
     assert again == evals
 
 
+def test_a_record_that_was_measured_with_something_else_is_replaced(policy, tmp_path, capsys):
+    def evals(**changes):
+        execute(settings(policy, **{"eval__problems": 2, "eval__samples": 2, **changes}), tmp_path / "run")
+        return json.loads((tmp_path / "run" / "summary.json").read_text())["evals"]
+
+    sample = {"eval__benchmark_samples": 2, "eval__benchmarks": (f"gsm8k={sums(tmp_path / 'a.jsonl')}",)}
+    (benchmark,) = evals(**sample)
+    before = evals()
+    assert before[0] == benchmark and len(before) == 2, "problems after benchmarks"
+    assert "anew" not in capsys.readouterr().out
+    problems = before[1]
+    assert problems["model"] == str(policy) and (problems["seed"], problems["top_p"], problems["k"]) == (0, 1.0, 2)
+    make_policy(tmp_path / "other")
+    for changes, field, says in [
+        ({"seed": 3}, "seed", "evaluate, step 0 is measured anew: seed is 3, was 0"),
+        ({"model__path": str(tmp_path / "other")}, "model", f"model is '{tmp_path / 'other'}', was '{policy}', seed"),
+        ({"eval__temperature": 0.5}, "temperature", f"model is '{policy}', was"),
+        ({"eval__samples": 3}, "k", "anew: k is 3, was 2, temperature is 1.0, was 0.5"),
+    ]:
+        after = evals(**changes)
+        assert len(after) == 2 and after[0] == benchmark and after[1][field] != problems[field]
+        assert says in capsys.readouterr().out
+    sums(tmp_path / "a.jsonl", 2)
+    assert [(one.get("benchmark"), one["n_problems"]) for one in evals(**sample)] == [("gsm8k", 2), (None, 2)]
+    assert "evaluate gsm8k, step 0 is measured anew: problems_digest is " in capsys.readouterr().out
+
+
 def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(policy, tmp_path):
     good = f"gsm8k={sums(tmp_path / 'a.jsonl')}"
     judged = tmp_path / "judged.jsonl"

@@ -131,15 +131,19 @@ def test_the_alarm_is_a_rising_score_over_falling_accuracy(seen, hacked):
     assert preference.is_hacked(evals, 0.05) is hacked
 
 
-def test_wins_are_counted_over_all_pairs_of_samples_and_ties_half():
+def test_wins_are_counted_over_all_pairs_of_samples_and_ties_half(capsys):
     assert evaluate.win_rate([[1.0, 0.0]], [[0.0, 0.0]]) == 0.75
     records = [
         {"stage": "dev3", "general_worths": [[0.0, 0.5]]},
         {"stage": "r1", "general_worths": [[0.5, 1.0]]},
         {"stage": "x"},
+        {"stage": "more", "step": 2, "general_worths": [[0.5], [1.0]], "general_win_rate": 1.0},
+        {"stage": "other", "step": 2, "general_worths": [[0.5]], "general_digest": "abc"},
     ]
     evaluate.add_win_rates(records, "dev3")
-    assert [record.get("general_win_rate") for record in records] == [0.5, 0.875, None]
+    assert [record.get("general_win_rate") for record in records] == [0.5, 0.875, None, None, None]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["more, step 2", "other, step 2"]
 
 
 def test_general_prompts_join_at_their_position_and_share_and_stop_when_told():

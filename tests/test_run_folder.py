@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from r1jax import analyses, curves, run_folder
+from r1jax import analyses, curves, report, run_folder
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 12, 97])
@@ -93,3 +93,19 @@ def test_operations_are_added_up_by_stage_to_a_step(tmp_path: pathlib.Path) -> N
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 4}]))
     spent = run_folder.read_run(tmp_path).training_flops
     assert (spent("sft"), spent("rl", 2), spent("other"), spent("")) == (60.0, 30.0, 0.0, 0.0)
+
+
+def test_reward_models_stand_on_the_page_with_what_was_measured_of_them(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"evals": []}))
+    assert "Reward models" not in report.render(run_folder.read_run(tmp_path))
+    measured = {"eval/accuracy": 0.925, "eval/length_correlation": -0.125, "held_out": 64}
+    for stage, model, more in (("prm", "helpful", {}), ("prm", "safe", {"unsafe_share": 0.25}), (".prm.new", "x", {})):
+        folder = tmp_path / "models" / stage / model
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(measured | more))
+    page = report.render(run_folder.read_run(tmp_path))
+    table = page.partition("<h3>Reward models</h3>")[2].partition("</table>")[0]
+    assert table.count("<td>prm</td>") == 2 and all(name in table for name in ("helpful", "safe", "92.5%", "25.0%"))
+    assert "0.125" in table and "<td></td>" in table, "no unsafe share of helpfulness"
+    (tmp_path / "models" / "prm" / "safe" / "report.json").write_text("{")
+    assert any("report.json is not readable" in note for note in run_folder.read_run(tmp_path).notes)

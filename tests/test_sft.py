@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from tiny_run import execute, make_config, make_policy, metrics
 
 from configs import models
-from r1jax import chat, conversations, corpus, hosts, next_token
+from r1jax import chat, conversations, corpus, hosts, next_token, rollout
+from r1jax.checkpoint import latest_step
 from r1jax.model import convert
 from r1jax.run import Stopped
 from r1jax.text import CHAT, load_tokenizer, render_prompt
@@ -128,6 +129,49 @@ def test_a_run_learns_what_it_is_shown_and_goes_on_where_it_was_stopped(policy, 
     assert metrics(tmp_path / "stopped") == records
     one, other = (tmp_path / name / "models" / "sft" / "model.safetensors" for name in ("straight", "stopped"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_it_is_measured_on_a_schedule_and_on_benchmarks_at_the_end(policy, data, tmp_path) -> None:
+    source = write(tmp_path / "sums.jsonl", [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(2)])
+    changes = {"eval__every": 2, "eval__problems": 2, "eval__samples": 2, "data__max_prompt_tokens": 128}
+    config = sft_config(policy, data, eval__benchmarks=(f"gsm8k={source}",), checkpoint__save_every=100, **changes)
+
+    def evals(name: str) -> list[dict]:
+        return json.loads((tmp_path / name / "summary.json").read_text())["evals"]
+
+    execute(config, tmp_path / "straight")
+    n = len(metrics(tmp_path / "straight"))
+    assert n > 2
+    steps = [*((step, None) for step in range(2, n, 2)), (n, "gsm8k"), (n, None)]
+    assert [(one["step"], one.get("benchmark")) for one in evals("straight")] == steps
+
+    stop, decode = hosts.Stop(), rollout.completion_text
+
+    def stopping(*given):
+        stop.requested = True
+        return decode(*given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(rollout, "completion_text", stopping)
+        execute(config, tmp_path / "stopped", stop)
+    assert latest_step(tmp_path / "stopped" / "checkpoints" / "sft") == 2
+    execute(config, tmp_path / "stopped")
+    assert evals("stopped") == evals("straight") and metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    config.eval.benchmarks = ("gsm8k=nowhere.jsonl",)
+    with pytest.raises(ValueError, match=r"there is no file nowhere.jsonl"):
+        execute(config, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists(), "before the first step"
+
+
+def test_problems_that_stand_in_the_conversations_are_named(policy, data, tmp_path, capsys) -> None:
+    problems = [{"id": str(i), "question": QUESTIONS[i] + " " * i, "answer": "1"} for i in range(2)]
+    problems.append({"id": "new", "question": "1 + 1?", "answer": "2"})
+    source = write(tmp_path / "problems.jsonl", problems)
+    execute(sft_config(policy, data, data__source=source, sft__epochs=1.0), tmp_path / "run")
+    (record,) = json.loads((tmp_path / "run" / "summary.json").read_text())["evals"]
+    assert record["trained_on"] | {"ids": None} == {"problems": 2, "share": pytest.approx(2 / 3), "ids": None}
+    assert sorted(record["trained_on"]["ids"]) == ["0", "1"]
+    assert "2 of 3 held-out problems are among the training prompts" in capsys.readouterr().out
 
 
 def test_microbatches_add_up_to_the_whole_step(policy, data, tmp_path) -> None:

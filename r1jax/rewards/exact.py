@@ -14,12 +14,13 @@ from r1jax.rewards.form import after_thinking
 
 LETTERS = "ABCDEFGHIJ"
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-# "A" and "I" are words as well: a letter only where no word follows.
-_ONE = r"(?:[B-HJ](?![\w'’])|[AI](?=\s*(?:because\b|since\b|[^\w\s'’]|$)))"
-_LETTER = re.compile(rf"\W*(?:\\(?:text|mathrm|textbf)\s*\{{)?\s*\(?({_ONE})\)?(?:\}}|[\s).:,。，：]|$)")
+# "A" and "I" are words as well: a letter only where no word follows on the line.
+_ONE = r"(?:[B-HJ](?![\w'’])|(?!I\.e\.)[AI](?=[^\S\n]*(?:because\b|since\b|and not\b|[^\w\s'’]|[\u4e00-\u9fff]|\n|$)))"
+_OPEN = r"(?:[*_$(（\[{]|\\(?:boxed|text|textbf|mathrm)\s*\{)*"
+_LETTER = re.compile(rf"\W*(?:\\(?:text|mathrm|textbf)\s*\{{)?\s*\(?({_ONE})\)?(?:\}}|[\s).:,*_$。，：）]|$)")
 _SAID = re.compile(
-    r"(?i:answer|option|choice|correct)\s*(?i:is|would be)?\s*:?\s*(?:[*_$(\[{]|\\(?:boxed|text|textbf|mathrm)\s*\{)*"
-    rf"({_ONE}|(?<=[(\[{{])[a-j](?=[)\]}}]))|答案(?:[是为：:\s]|应该|选项?)*[(（]?([A-J])(?![A-Za-z])"
+    rf"(?i:answer|option|choice|correct)[*_]*\s*(?i:is|would be)?\s*[:：]?[*_]*\s*{_OPEN}"
+    rf"({_ONE}|(?<=[(\[{{])[a-j](?=[)\]}}]))|(?:答案|[故应]选|因此选|所以选)(?:[是为：:\s]|应该|选项?)*{_OPEN}([A-J])(?![A-Za-z])"
 )
 _STATED = re.compile(r"(?i:answer|option|choice)\s*(?:(?i:is|would be)\b|[:：])\s*([^\n.]+)")
 
