@@ -51,12 +51,21 @@ def open_asked(
         if not model:
             raise ValueError(f"{key} is {name!r}: the model's name is missing, {url}#MODEL")
         return lambda *asked: ask(url, model, say(*asked), lambda text: read(text, *asked), key, timeout_s, tries)
+    return open_function(name, key)
+
+
+def open_function(name: str, key: str) -> Callable[..., Any]:
+    """A user's function that a key of the config names, which gives None where it raises.
+
+    Raises:
+        ValueError: there is no such function; names `key`.
+    """
     try:
         function = resolve(name)
     except ValueError as error:
         raise ValueError(f"{key} is {name!r}: {error}") from error
 
-    def call(*asked: Any) -> T | None:
+    def call(*asked: Any) -> Any:
         try:
             return function(*asked)
         except Exception as error:  # whatever a user's function raises

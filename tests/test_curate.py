@@ -132,9 +132,11 @@ def test_an_editor_costs_the_samples_it_fails_at_until_it_is_too_often(monkeypat
     texts = [GOOD, GOOD.replace("try", "see"), GOOD.replace("try", "think")]
     group = [sample(text) for text in texts]
     more = {"keep_per_prompt": 3, "editor": f"{tmp_path}/editors.py:some"}
-    lines, counts = rejected(monkeypatch, [group], **more)
+    lines, counts = rejected(monkeypatch, [group], editor_may_fail=0.7, **more)
     assert [one["messages"][1]["content"] for one in lines] == [GOOD]
     assert counts == {"sampled": 3, "dropped by editor": 1, "dropped by editor: format": 1}
+    with pytest.raises(ValueError, match=r"gave nothing usable for 2 of 3; .*editor_may_fail"):
+        rejected(monkeypatch, [group], **more)
     with pytest.raises(ValueError, match=r"config\.curate\.editor gave nothing usable for 21 of 32; .*editor_may_fail"):
         rejected(monkeypatch, [group] * 40, **more)
 
@@ -149,3 +151,49 @@ def test_answers_that_no_rule_grades_are_kept_if_a_judge_calls_them_right(monkey
     lines, counts = rejected(monkeypatch, [group], judge=f"{tmp_path}/judges.py:fair")
     assert [one["messages"][1]["content"] for one in lines] == [GOOD]
     assert counts == {"sampled": 3, "dropped by correct": 1, "dropped by judge": 1}
+
+
+def test_free_text_that_was_rewritten_is_judged_again(monkeypatch, tmp_path):
+    (tmp_path / "both.py").write_text(
+        "def fair(example, reply):\n    return reply == example['answer']\n\n\n"
+        "def edit(question, text):\n    return text.replace('3*5', '5*3') if 'try' in text else text\n"
+    )
+    example = {**sample(GOOD).example, "grader": "judged", "answer": "3*5"}
+    texts = (GOOD, GOOD.replace("try", "see"))
+    group = [dataclasses.replace(sample(text, right=0.0), example=example) for text in texts]
+    more = {"judge": f"{tmp_path}/both.py:fair", "editor": f"{tmp_path}/both.py:edit", "editor_may_fail": 1.0}
+    lines, counts = rejected(monkeypatch, [group], **more)
+    assert [one["messages"][1]["content"] for one in lines] == [texts[1]]
+    assert counts == {"sampled": 2, "dropped by editor: answer": 1}
+    example = {**example, "grader": "instructions", "instruction_ids": ["punctuation:no_comma"], "kwargs": [{}]}
+    free = dataclasses.replace(sample(GOOD), example=example)
+    assert curate.unfit(free, GOOD.replace("3*5", "a b"), config()) is None
+    assert curate.unfit(free, GOOD.replace("3*5", "a, b"), config()) == "editor: answer"
+
+
+@pytest.mark.parametrize("opinion", ["'yes'", "[True]", "float('nan')"])
+def test_an_opinion_that_is_neither_yes_nor_no_is_none(monkeypatch, tmp_path, opinion):
+    (tmp_path / "odd.py").write_text(f"def judge(*_):\n    return {opinion}\n")
+    group = [dataclasses.replace(sample(GOOD), example={**sample(GOOD).example, "grader": "judged"})]
+    with pytest.raises(ValueError, match=r"config\.curate\.judge gave nothing usable for 1 of 1"):
+        rejected(monkeypatch, [group], judge=f"{tmp_path}/odd.py:judge")
+
+
+def test_a_judge_stands_in_where_the_rewards_have_no_accuracy(monkeypatch, tmp_path):
+    (tmp_path / "yes.py").write_text("def judge(*_):\n    return True\n")
+    group = [dataclasses.replace(sample(GOOD, right=0.0), example={**sample(GOOD).example, "grader": "my own"})]
+    settings = config(judge=f"{tmp_path}/yes.py:judge")
+    settings["rewards"] = {"format": 1.0}
+    monkeypatch.setattr(curate, "sample_parts", lambda run, config, policy, source, name, use: [use([group])])
+    lines, _ = curate.reject(types.SimpleNamespace(stage="dev1"), settings, None)
+    assert len(lines) == 1
+
+
+def test_what_stops_the_one_host_that_asks_stops_all(tmp_path):
+    def use(groups: list) -> dict:
+        raise ValueError("config.curate.editor: refused")
+
+    run = types.SimpleNamespace(workdir=tmp_path)
+    with pytest.raises(ValueError, match="refused"):
+        curate.parts_of(run, "dev1", 1, lambda i: curate.told(use, []))
+    assert not list(tmp_path.rglob("part-*"))
