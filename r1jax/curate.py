@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from r1jax import conversations, data, draw, hosts, letters, metrics, sources
+from r1jax import conversations, data, draw, hosts, letters, metrics, queries, sources
 from r1jax.editor import Verifier, open_editor, open_verifier
 from r1jax.rewards.form import format_reward
 from r1jax.rewards.language import language_reward
@@ -302,9 +302,9 @@ def gather(run: Run, config: Config, policy: Policy) -> pathlib.Path:
     """
     path = run.workdir / "data" / f"{run.stage}.jsonl"
     if not hosts.agree(path.exists()):
-        general, sampler = general_data(config, run.seed), config["curate"]["sampler"]
+        (general, taken), sampler = general_data(config, run.seed), config["curate"]["sampler"]
         lines, counts = reject(run, config, run.policy_of(sampler) if sampler else policy)
-        write(run, lines + general, {"sampling": counts})
+        write(run, lines + general, {"sampling": counts, "general": taken})
     return path
 
 
@@ -324,25 +324,42 @@ def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
-def general_data(config: Config, seed: int) -> list[dict[str, Any]]:
-    """Conversations of config.curate.general, a draw of them if there are more than asked for.
+def _letters(seed: int, n: int) -> list[dict[str, Any]]:
+    written = enumerate(letters.written_examples(seed, n))
+    return [conversation(question, reply, id=f"{letters.ID}{i}", source="letters") for i, (question, reply) in written]
 
-    A chat file, or "letters" by the packaged writers.
+
+def _general(seed: int, n: int) -> list[dict[str, Any]]:
+    written = enumerate(queries.general_examples(seed, n))
+    return [conversation(question, reply, id=f"{kind}-{i}", source=kind) for i, (kind, question, reply) in written]
+
+
+# General data that is written by rule, as config.curate.general names it: of a seed, so many.
+WRITERS: dict[str, Callable[[int, int], list[dict[str, Any]]]] = {"letters": _letters, "general": _general}
+
+
+def general_data(config: Config, seed: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Conversations of config.curate.general, and how many there were and were taken.
+
+    Of a chat file, a draw if there are more than asked for; "letters" and "general" by the packaged writers.
 
     Raises:
-        ValueError: no such file, or a line of it is no conversation.
+        ValueError: no such file, a line of it is no conversation, or it gives none.
     """
     c = config["curate"]
     if not c["general"]:
-        return []
-    if c["general"] == "letters":
-        written = enumerate(letters.written_examples(seed, c["general_examples"]))
-        return [
-            conversation(question, reply, id=f"{letters.ID}{i}", source="letters") for i, (question, reply) in written
-        ]
+        return [], {}
+    if c["general"] in WRITERS:
+        lines = WRITERS[c["general"]](seed, c["general_examples"])
+        if not lines:
+            raise ValueError(f"config.curate.general_examples is 0: {c['general']} has no end, say how many")
+        return lines, {"taken": len(lines)}
     lines = []
     for number, record in sources.read_records(c["general"], "config.curate.general"):
         conversations.messages_of(record, f"{c['general']}, line {number}")
         lines.append({"source": "general", **record})
-    most = c["general_examples"] or len(lines)
-    return random.Random(f"general {seed}").sample(lines, most) if most < len(lines) else lines
+    if not lines:
+        raise ValueError(f"config.curate.general: {c['general']} holds no conversation")
+    most = min(c["general_examples"] or len(lines), len(lines))
+    drawn = random.Random(f"general {seed}").sample(lines, most) if most < len(lines) else lines
+    return drawn, {"there": len(lines), "taken": most}

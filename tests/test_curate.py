@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from r1jax import curate, editor
+from r1jax import curate, editor, queries
+from r1jax.corpus import MIXTURES
 from r1jax.rewards.pool import Graded
 from r1jax.rollout import Sample
+from r1jax.text import load_tokenizer
 from r1jax.types import Completion
 
 GOOD = "<think> let me try. 3*5=15 of 15, off by 0, yes. </think> <answer>3*5</answer>"
@@ -68,15 +70,41 @@ def test_general_data_is_a_chat_file_or_letters(tmp_path):
     path = tmp_path / "general.jsonl"
     lines = [curate.conversation(f"Hello {i}", "Hi", source="mine") for i in range(40)]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    drawn = curate.general_data(config(general=str(path), general_examples=20), 0)
+    drawn, counts = curate.general_data(config(general=str(path), general_examples=20), 0)
     assert len(drawn) == 20 and all(one in lines for one in drawn) and drawn != lines[:20]
-    assert curate.general_data(config(general=str(path), general_examples=0), 0) == lines
+    assert counts == {"there": 40, "taken": 20}
+    for many in (0, 50):
+        whole = curate.general_data(config(general=str(path), general_examples=many), 0)
+        assert whole == (lines, {"there": 40, "taken": 40})
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"config\.curate\.general: .*general\.jsonl holds no conversation"):
+        curate.general_data(config(general=str(path)), 0)
     path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     with pytest.raises(ValueError, match=r"general\.jsonl, line 1: .*two messages or more"):
         curate.general_data(config(general=str(path)), 0)
-    written = curate.general_data(config(general="letters", general_examples=40), 3)
-    assert len(written) == 40 and written == curate.general_data(config(general="letters", general_examples=40), 3)
+    written, counts = curate.general_data(config(general="letters", general_examples=40), 3)
+    assert counts == {"taken": 40} and {one["source"] for one in written} == {"letters"}
+    assert written == curate.general_data(config(general="letters", general_examples=40), 3)[0]
     assert sum("r1jax" in one["messages"][1]["content"] for one in written) == 2
+    with pytest.raises(ValueError, match=r"config\.curate\.general_examples is 0: letters has no end"):
+        curate.general_data(config(general="letters", general_examples=0), 3)
+
+
+def test_general_data_has_all_kinds_and_thinks_of_letters_alone():
+    written, _ = curate.general_data(config(general="general", general_examples=400), 3)
+    kinds = collections.Counter(one["source"] for one in written)
+    assert kinds == {"letters": 200, "facts": 80, "translation": 80, "self-cognition": 40}
+    assert len({one["id"] for one in written}) == 400
+    asked = {kind: {one["messages"][0]["content"] for one in written if one["source"] == kind} for kind in kinds}
+    for kind, table in queries.SIMPLE.items():
+        assert asked[kind] == {question for question, _ in table}
+    tokenizer = load_tokenizer(MIXTURES["bilingual"].base)
+    for one in written:
+        question, reply = (message["content"] for message in one["messages"])
+        assert ("<think>" in reply) == (one["source"] == "letters")
+        # A character that the vocabulary lacks costs a token for each of its bytes.
+        tokens = tokenizer.encode(f"{question} {reply}")
+        assert tokenizer.decode(tokens) == f"{question} {reply}" and len(tokens) <= 40
 
 
 def test_tidy_says_nothing_twice_and_drops_what_has_no_thought():
