@@ -173,7 +173,9 @@ def get_config() -> ConfigDict:
                 "editor_timeout_s": 120.0,  # per try
                 "editor_tries": 3,
                 "editor_may_fail": 0.5,  # share of what they are asked; above it the stage stops
-                "general": "",  # conversations mixed in: a chat .jsonl file, or "letters"
+                # Conversations mixed in: a chat .jsonl file, "letters", or "general" (letters, facts, translations, who
+                # the model is); empty: none.
+                "general": "",
                 "general_examples": 1000,  # of them, at most, drawn by the seed; 0: all of a file
             },
             "preference": {

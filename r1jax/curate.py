@@ -10,17 +10,17 @@ import dataclasses
 import json
 import pathlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from r1jax import conversations, data, draw, hosts, letters, metrics, sources
-from r1jax.editor import open_editor, open_verifier
+from r1jax import conversations, data, draw, hosts, letters, metrics, queries, sources
+from r1jax.editor import Verifier, open_editor, open_verifier
 from r1jax.rewards.form import format_reward
 from r1jax.rewards.language import language_reward
 from r1jax.rewards.penalties import repetition_penalty
-from r1jax.rewards.table import canonical_answer
+from r1jax.rewards.table import GRADERS, accuracy, canonical_answer
 from r1jax.rewards.worth import reply_of
 from r1jax.rollout import Group, Interrupted, Sample, collect
 from r1jax.run import (
@@ -56,11 +56,19 @@ OF_SAMPLING = ("whole", "correct")
 
 def check_filters(config: Config) -> None:
     """Raises ValueError for a filter that does not exist, or that nothing grades for."""
-    for name in config["curate"]["filters"]:
+    c = config["curate"]
+    for name in c["filters"]:
         if name not in FILTERS:
             raise ValueError(f"config.curate.filters names {name!r}, wanted some of {', '.join(FILTERS)}")
-    if "correct" in config["curate"]["filters"] and "accuracy" not in config["rewards"]:
-        raise ValueError('config.curate.filters has "correct", but config.rewards has no "accuracy"')
+    if "correct" in c["filters"] and "accuracy" not in config["rewards"] and not c["judge"]:
+        raise ValueError(
+            'config.curate.filters has "correct", but config.rewards has no "accuracy" and config.curate.judge is empty'
+        )
+
+
+def has_rule(example: Example, config: Config) -> bool:
+    """Whether a rule says if an answer to the example is right."""
+    return "accuracy" in config["rewards"] and example["grader"] in GRADERS and example["grader"] != "judged"
 
 
 def conversation(question: str, reply: str, **more: Any) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def keep(group: Group, config: Config) -> tuple[list[Sample], collections.Counte
     return kept, counts
 
 
-def unfit(s: Sample, rewritten: str | None, config: Config) -> str | None:
+def unfit(s: Sample, rewritten: str | None, config: Config, judge: Verifier | None = None) -> str | None:
     """Why what an editor made of a sample cannot be learned from, None if it can: a filter, or another answer."""
     if not isinstance(rewritten, str) or not rewritten.strip():
         return "editor"
@@ -95,10 +103,19 @@ def unfit(s: Sample, rewritten: str | None, config: Config) -> str | None:
             return f"editor: {name}"
     marked = config["grading"]["marked_answers"]
     before, after = (canonical_answer(s.prompt, text, s.example, marked) for text in (s.text, rewritten))
-    return None if before == after else "editor: answer"
+    if before != after:
+        return "editor: answer"
+    if before is None and "correct" in config["curate"]["filters"]:
+        # Free text, of which there is nothing to compare: who called it right is asked again.
+        if has_rule(s.example, config):
+            is_right = accuracy(s.prompt, rewritten, s.example, marked_answers=marked) > 0.5
+        else:
+            is_right = judge is not None and judge(s.example, reply_of(rewritten)) is True
+        return None if is_right else "editor: answer"
+    return None
 
 
-def judged_right(group: Group, judge: Callable[[Example, str], bool | None]) -> Group:
+def judged_right(group: Group, judge: Verifier) -> Group:
     """The samples that a judge has an opinion of, which stands in for accuracy where no rule grades (section 2.3.3).
 
     It reads the reply, never the thought.
@@ -123,7 +140,9 @@ def parts_of(run: Run, name: str, count: int, make: Callable[[int], dict[str, An
         for i in range(count):
             path = folder / f"part-{i:05d}.json"
             if not done[i]:
-                part = hosts.agree(make(i))  # an editor may have told each host something else
+                part = hosts.agree(make(i))  # one host alone asks editors and judges
+                if "error" in part:
+                    raise ValueError(part["error"])
                 if hosts.is_writer():
                     hosts.atomic_write(path, json.dumps(part, ensure_ascii=False))
                 progress.step(i + 1, {})
@@ -133,6 +152,14 @@ def parts_of(run: Run, name: str, count: int, make: Callable[[int], dict[str, An
     finally:
         progress.close()
     return parts
+
+
+def told(use: Callable[[list[Group]], dict[str, Any]], groups: list[Group]) -> dict[str, Any]:
+    """What `use` makes of groups, or why it cannot: every host has to stop for what one of them found out."""
+    try:
+        return use(groups)
+    except ValueError as error:
+        return {"error": str(error)}
 
 
 def sample_parts(
@@ -151,6 +178,7 @@ def sample_parts(
 
     Raises:
         run.Stopped: SIGTERM came; finished parts are kept.
+        ValueError: whatever `use` raised on any host.
     """
     c, prompts = config["curate"], config["data"]
     limit = config["rl"]["max_completion_tokens"]
@@ -174,7 +202,7 @@ def sample_parts(
             )  # fmt: skip
             if hosts.any_across(run.stop.requested):
                 raise Interrupted
-            return use(groups)
+            return told(use, groups)
 
         try:
             return parts_of(run, name, -(-total // size), make)
@@ -184,19 +212,35 @@ def sample_parts(
 
 # So many have to be asked before their share of failures says anything.
 ENOUGH = 32
+Asked = dict[str, list[int]]  # what models were asked and failed at: two counts by the key that names one
 
 
-def too_often(total: collections.Counter[str], asked: int, failed: int, may_fail: float, key: str) -> None:
-    """Counts what was asked of a model and what it failed at.
+def note(asked: Asked, key: str, count: int, failed: int) -> None:
+    """Adds to the counts of one model."""
+    before = asked.get(key, (0, 0))
+    asked[key] = [before[0] + count, before[1] + failed]
+
+
+def check_failures(asked: Asked, may_fail: float, enough: int = ENOUGH) -> None:
+    """Says when a model fails too often.
 
     Raises:
-        ValueError: more than the share `may_fail` failed; names `key`.
+        ValueError: of `enough` or more, more than the share `may_fail` failed; names the key.
     """
-    total[f"{key} asked"] += asked
-    total[f"{key} failed"] += failed
-    asked, failed = total[f"{key} asked"], total[f"{key} failed"]
-    if asked >= ENOUGH and failed > may_fail * asked:
-        raise ValueError(f"{key} gave nothing usable for {failed} of {asked}; see it and config.curate.editor_may_fail")
+    for key, (count, failed) in asked.items():
+        if count >= enough and failed > may_fail * count:
+            raise ValueError(
+                f"{key} gave nothing usable for {failed} of {count}; see it and config.curate.editor_may_fail"
+            )
+
+
+def asked_in(parts: Sequence[Mapping[str, Any]]) -> Asked:
+    """What models were asked and failed at in all parts together."""
+    total: Asked = {}
+    for part in parts:
+        for key, (count, failed) in part.get("asked", {}).items():  # parts of earlier versions do not say
+            note(total, key, count, failed)
+    return total
 
 
 def reject(run: Run, config: Config, policy: Policy) -> tuple[list[dict[str, Any]], collections.Counter[str]]:
@@ -206,33 +250,42 @@ def reject(run: Run, config: Config, policy: Policy) -> tuple[list[dict[str, Any
         ValueError: nothing is left, or the editor or the judge fails too often.
     """
     check_filters(config)
-    c, total = config["curate"], collections.Counter()
-    # One host asks for all: parts_of tells the others what it found.
-    edit = open_editor(c["editor"], c["editor_timeout_s"], c["editor_tries"]) if hosts.is_writer() else None
-    judge = open_verifier(c["judge"], c["editor_timeout_s"], c["editor_tries"]) if hosts.is_writer() else None
+    c, total = config["curate"], {}
+    edit = open_editor(c["editor"], c["editor_timeout_s"], c["editor_tries"])
+    judge = open_verifier(c["judge"], c["editor_timeout_s"], c["editor_tries"])
 
     def use(groups: list[Group]) -> dict[str, Any]:
-        counts, lines = collections.Counter(), []
+        if not hosts.is_writer():  # one host asks for all
+            return {}
+        counts, lines, asked = collections.Counter(), [], {}
+
+        def heard(key: str, count: int, failed: int) -> None:
+            for each in (asked, total):
+                note(each, key, count, failed)
+            check_failures(total, c["editor_may_fail"])
+
         for group in groups:
-            if judge is not None and group[0].example["grader"] == "judged":
-                asked, group = len(group), judged_right(group, judge)
-                counts += collections.Counter({"sampled": asked - len(group), "dropped by judge": asked - len(group)})
-                too_often(total, asked, asked - len(group), c["editor_may_fail"], "config.curate.judge")
+            if judge is not None and not has_rule(group[0].example, config):
+                count, group = len(group), judged_right(group, judge)
+                silent = count - len(group)
+                counts += collections.Counter({"sampled": silent, "dropped by judge": silent})
+                heard("config.curate.judge", count, silent)
             kept, dropped = keep(group, config)
             counts += dropped
             for s in kept:
                 question, text = s.example["question"], s.text.strip()
                 if edit is not None:
                     text = edit(question, text)
-                    why = unfit(s, text, config)
-                    too_often(total, 1, why is not None, c["editor_may_fail"], "config.curate.editor")
+                    why = unfit(s, text, config, judge)
+                    heard("config.curate.editor", 1, why is not None)
                     if why is not None:
                         counts[f"dropped by {why}"] += 1
                         continue
                 lines.append(conversation(question, text, id=s.example["id"], source=run.stage))
-        return {"lines": lines, "counts": counts}
+        return {"lines": lines, "counts": counts, "asked": asked}
 
     parts = sample_parts(run, config, policy, config["data"]["source"], run.stage, use)
+    check_failures(asked_in(parts), c["editor_may_fail"], enough=1)
     counts = sum((collections.Counter(part["counts"]) for part in parts), collections.Counter())
     lines = [line for part in parts for line in part["lines"]]
     if not lines:
@@ -249,9 +302,9 @@ def gather(run: Run, config: Config, policy: Policy) -> pathlib.Path:
     """
     path = run.workdir / "data" / f"{run.stage}.jsonl"
     if not hosts.agree(path.exists()):
-        general, sampler = general_data(config, run.seed), config["curate"]["sampler"]
+        (general, taken), sampler = general_data(config, run.seed), config["curate"]["sampler"]
         lines, counts = reject(run, config, run.policy_of(sampler) if sampler else policy)
-        write(run, lines + general, {"sampling": counts})
+        write(run, lines + general, {"sampling": counts, "general": taken})
     return path
 
 
@@ -271,25 +324,42 @@ def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
-def general_data(config: Config, seed: int) -> list[dict[str, Any]]:
-    """Conversations of config.curate.general, a draw of them if there are more than asked for.
+def _letters(seed: int, n: int) -> list[dict[str, Any]]:
+    written = enumerate(letters.written_examples(seed, n))
+    return [conversation(question, reply, id=f"{letters.ID}{i}", source="letters") for i, (question, reply) in written]
 
-    A chat file, or "letters" by the packaged writers.
+
+def _general(seed: int, n: int) -> list[dict[str, Any]]:
+    written = enumerate(queries.general_examples(seed, n))
+    return [conversation(question, reply, id=f"{kind}-{i}", source=kind) for i, (kind, question, reply) in written]
+
+
+# General data that is written by rule, as config.curate.general names it: of a seed, so many.
+WRITERS: dict[str, Callable[[int, int], list[dict[str, Any]]]] = {"letters": _letters, "general": _general}
+
+
+def general_data(config: Config, seed: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Conversations of config.curate.general, and how many there were and were taken.
+
+    Of a chat file, a draw if there are more than asked for; "letters" and "general" by the packaged writers.
 
     Raises:
-        ValueError: no such file, or a line of it is no conversation.
+        ValueError: no such file, a line of it is no conversation, or it gives none.
     """
     c = config["curate"]
     if not c["general"]:
-        return []
-    if c["general"] == "letters":
-        written = enumerate(letters.written_examples(seed, c["general_examples"]))
-        return [
-            conversation(question, reply, id=f"{letters.ID}{i}", source="letters") for i, (question, reply) in written
-        ]
+        return [], {}
+    if c["general"] in WRITERS:
+        lines = WRITERS[c["general"]](seed, c["general_examples"])
+        if not lines:
+            raise ValueError(f"config.curate.general_examples is 0: {c['general']} has no end, say how many")
+        return lines, {"taken": len(lines)}
     lines = []
     for number, record in sources.read_records(c["general"], "config.curate.general"):
         conversations.messages_of(record, f"{c['general']}, line {number}")
         lines.append({"source": "general", **record})
-    most = c["general_examples"] or len(lines)
-    return random.Random(f"general {seed}").sample(lines, most) if most < len(lines) else lines
+    if not lines:
+        raise ValueError(f"config.curate.general: {c['general']} holds no conversation")
+    most = min(c["general_examples"] or len(lines), len(lines))
+    drawn = random.Random(f"general {seed}").sample(lines, most) if most < len(lines) else lines
+    return drawn, {"there": len(lines), "taken": most}

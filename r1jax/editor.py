@@ -67,7 +67,15 @@ def open_verifier(name: str, timeout_s: float, tries: int) -> Verifier | None:
     Raises:
         ValueError: there is no such judge.
     """
-    return open_asked(name, "config.curate.judge", _asking, _yes_or_no, timeout_s, tries) if name else None
+    if not name:
+        return None
+    asked = open_asked(name, "config.curate.judge", _asking, _yes_or_no, timeout_s, tries)
+
+    def verify(example: Example, reply: str) -> bool | None:
+        opinion = asked(example, reply)
+        return bool(opinion) if opinion in (True, False) else None  # a user's function may give anything
+
+    return verify
 
 
 def _asking(example: Example, reply: str) -> str:

@@ -7,6 +7,8 @@ else: an editor's sample, a judge's pair.
 import http.client
 import json
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -49,12 +51,21 @@ def open_asked(
         if not model:
             raise ValueError(f"{key} is {name!r}: the model's name is missing, {url}#MODEL")
         return lambda *asked: ask(url, model, say(*asked), lambda text: read(text, *asked), key, timeout_s, tries)
+    return open_function(name, key)
+
+
+def open_function(name: str, key: str) -> Callable[..., Any]:
+    """A user's function that a key of the config names, which gives None where it raises.
+
+    Raises:
+        ValueError: there is no such function; names `key`.
+    """
     try:
         function = resolve(name)
     except ValueError as error:
         raise ValueError(f"{key} is {name!r}: {error}") from error
 
-    def call(*asked: Any) -> T | None:
+    def call(*asked: Any) -> Any:
         try:
             return function(*asked)
         except Exception as error:  # whatever a user's function raises
@@ -94,12 +105,30 @@ def ask(
 
 
 def _post(url: str, body: bytes, timeout_s: float) -> bytes:
-    """The response, read in pieces: `timeout_s` holds for each wait, and for all of them together."""
+    """The response, whole within `timeout_s`.
+
+    A thread reads it: a socket's own limit holds for each wait alone, so that a server that drips keeps to it, also in
+    its headers, and finding a host has none.
+    """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
-    end_s, pieces = time.monotonic() + timeout_s, []
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout_s) as response:
-        while piece := response.read1(1 << 16):
-            pieces.append(piece)
-            if time.monotonic() > end_s:
-                raise TimeoutError(f"{url} took longer than {timeout_s} s")
-    return b"".join(pieces)
+    request, end_s = urllib.request.Request(url, body, headers), time.monotonic() + timeout_s
+    heard: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def read() -> None:
+        pieces = []
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                while time.monotonic() < end_s and (piece := response.read1(1 << 16)):
+                    pieces.append(piece)
+            heard.put(b"".join(pieces))
+        except Exception as error:  # raised again where it is waited for
+            heard.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        found = heard.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"{url} took longer than {timeout_s} s") from None
+    if isinstance(found, Exception):
+        raise found
+    return found

@@ -166,22 +166,27 @@ SELF = {
     "en": (("Who are you", "I am r1jax."), ("What is your name", "My name is r1jax.")),
     "zh": (("你是谁", "我是 r1jax。"), ("你叫什么", "我叫 r1jax。")),
 }
+SELVES = [pair for language in SELF.values() for pair in language]
 SFT_CARE = 0.75  # of the writers of general data
+
+
+def written_example(rng: random.Random) -> tuple[str, str]:
+    """A letter that is asked for and written in one language."""
+    letter = rng.choice(letters_of("rl"))
+    thought, reply = written_letter(letter, rng, Voice((letter.language,)), SFT_CARE)
+    return question_of(letter), f"<think> {thought}</think> <answer>{reply}</answer>"
 
 
 def written_examples(seed: int, n: int) -> list[tuple[str, str]]:
     """General data for SFT: letters in the language of the question; who the model is, with no thought before it."""
     rng = random.Random(f"general {seed}")
-    selves = [pair for language in SELF.values() for pair in language]
     out = []
     for i in range(n):
         if i % 20 == 19:
-            question, reply = selves[i // 20 % len(selves)]
+            question, reply = SELVES[i // 20 % len(SELVES)]
             out.append((question, f"<answer>{reply}</answer>"))
             continue
-        letter = rng.choice(letters_of("rl"))
-        thought, reply = written_letter(letter, rng, Voice((letter.language,)), SFT_CARE)
-        out.append((question_of(letter), f"<think> {thought}</think> <answer>{reply}</answer>"))
+        out.append(written_example(rng))
     return out
 
 

@@ -6,6 +6,7 @@ does not interfere with the thought; safety is learned from single responses and
 
 import collections
 import math
+import numbers
 import random
 import re
 import statistics
@@ -16,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from r1jax import letters
-from r1jax.endpoint import open_asked
+from r1jax.endpoint import open_asked, open_function
 from r1jax.rewards.form import ANSWER, ANSWER_END
-from r1jax.rewards.table import resolve
 from r1jax.rewards.worth import reply_of
 from r1jax.rollout import Group, Sample
 from r1jax.text import Tokenizer, encode_prompt
@@ -66,18 +66,15 @@ def _difference(said: str, *_: object) -> float | None:
     return ratings[0] - ratings[1]
 
 
-def open_safety(name: str) -> Callable[[Example, str], bool]:
-    """What config.preference.safety names: whether a response to an example is safe.
+def open_safety(name: str) -> Callable[[Example, str], bool | None]:
+    """What config.preference.safety names: whether a response to an example is safe; None: no idea.
 
     Raises:
         ValueError: there is no such function.
     """
     if name == "letters":
         return lambda example, response: letters.is_safe(response)
-    try:
-        return resolve(name)
-    except ValueError as error:
-        raise ValueError(f"config.preference.safety is {name!r}: {error}") from error
+    return open_function(name, "config.preference.safety")
 
 
 def judged_gap(judge: Judge, example: Example, a: str, b: str, times: int, rng: random.Random) -> float | None:
@@ -86,7 +83,7 @@ def judged_gap(judge: Judge, example: Example, a: str, b: str, times: int, rng: 
     for _ in range(times):
         swapped = rng.random() < 0.5
         gap = judge(example, b, a) if swapped else judge(example, a, b)
-        if gap is None or not math.isfinite(gap):
+        if not isinstance(gap, numbers.Real) or not math.isfinite(gap):
             return None
         gaps.append(-gap if swapped else gap)
     return statistics.fmean(gaps)

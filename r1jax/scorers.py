@@ -161,14 +161,16 @@ def load(run: Run, config: Config, folder: pathlib.Path, policy: Policy) -> pref
     params = {"trunk": trunk, "score": jnp.asarray(safetensors.numpy.load_file(folder / HEAD)["score.weight"][0])}
     program = training_program(config, dataclasses.replace(policy, config=model, lora=None), layout)
     score = updates.make_reward_score(program)
+    so_far = np.zeros(2, int)  # texts that were too long, and all
 
     def scorer(texts: Sequence[tuple[str, str]]) -> np.ndarray:
         """Between 0 and 1; 0.0 for what does not fit into config.preference.row_tokens."""
         rows, fits = preference.rows_of(texts, policy.tokenizer, config["data"]["template"], c["row_tokens"])
+        so_far[:] += (~fits).sum(), len(fits)
         if not fits.all():
             logging.log_every_n(
-                logging.WARNING, "%d of %d texts are longer than config.preference.row_tokens and score 0.0", 100,
-                (~fits).sum(), len(fits),
+                logging.WARNING, "%d of %d texts so far are longer than config.preference.row_tokens and score 0.0",
+                100, *so_far,
             )  # fmt: skip
         found = hosts.fetch(score(params, batches(rows, c["rows"], layout))).reshape(-1)[: len(texts)]
         return np.where(fits, 1.0 / (1.0 + np.exp(-found.astype(np.float64))), 0.0)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from r1jax import curate, editor
+from r1jax import curate, editor, queries
+from r1jax.corpus import MIXTURES
 from r1jax.rewards.pool import Graded
 from r1jax.rollout import Sample
+from r1jax.text import load_tokenizer
 from r1jax.types import Completion
 
 GOOD = "<think> let me try. 3*5=15 of 15, off by 0, yes. </think> <answer>3*5</answer>"
@@ -68,15 +70,41 @@ def test_general_data_is_a_chat_file_or_letters(tmp_path):
     path = tmp_path / "general.jsonl"
     lines = [curate.conversation(f"Hello {i}", "Hi", source="mine") for i in range(40)]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    drawn = curate.general_data(config(general=str(path), general_examples=20), 0)
+    drawn, counts = curate.general_data(config(general=str(path), general_examples=20), 0)
     assert len(drawn) == 20 and all(one in lines for one in drawn) and drawn != lines[:20]
-    assert curate.general_data(config(general=str(path), general_examples=0), 0) == lines
+    assert counts == {"there": 40, "taken": 20}
+    for many in (0, 50):
+        whole = curate.general_data(config(general=str(path), general_examples=many), 0)
+        assert whole == (lines, {"there": 40, "taken": 40})
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"config\.curate\.general: .*general\.jsonl holds no conversation"):
+        curate.general_data(config(general=str(path)), 0)
     path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     with pytest.raises(ValueError, match=r"general\.jsonl, line 1: .*two messages or more"):
         curate.general_data(config(general=str(path)), 0)
-    written = curate.general_data(config(general="letters", general_examples=40), 3)
-    assert len(written) == 40 and written == curate.general_data(config(general="letters", general_examples=40), 3)
+    written, counts = curate.general_data(config(general="letters", general_examples=40), 3)
+    assert counts == {"taken": 40} and {one["source"] for one in written} == {"letters"}
+    assert written == curate.general_data(config(general="letters", general_examples=40), 3)[0]
     assert sum("r1jax" in one["messages"][1]["content"] for one in written) == 2
+    with pytest.raises(ValueError, match=r"config\.curate\.general_examples is 0: letters has no end"):
+        curate.general_data(config(general="letters", general_examples=0), 3)
+
+
+def test_general_data_has_all_kinds_and_thinks_of_letters_alone():
+    written, _ = curate.general_data(config(general="general", general_examples=400), 3)
+    kinds = collections.Counter(one["source"] for one in written)
+    assert kinds == {"letters": 200, "facts": 80, "translation": 80, "self-cognition": 40}
+    assert len({one["id"] for one in written}) == 400
+    asked = {kind: {one["messages"][0]["content"] for one in written if one["source"] == kind} for kind in kinds}
+    for kind, table in queries.SIMPLE.items():
+        assert asked[kind] == {question for question, _ in table}
+    tokenizer = load_tokenizer(MIXTURES["bilingual"].base)
+    for one in written:
+        question, reply = (message["content"] for message in one["messages"])
+        assert ("<think>" in reply) == (one["source"] == "letters")
+        # A character that the vocabulary lacks costs a token for each of its bytes.
+        tokens = tokenizer.encode(f"{question} {reply}")
+        assert tokenizer.decode(tokens) == f"{question} {reply}" and len(tokens) <= 40
 
 
 def test_tidy_says_nothing_twice_and_drops_what_has_no_thought():
@@ -132,9 +160,11 @@ def test_an_editor_costs_the_samples_it_fails_at_until_it_is_too_often(monkeypat
     texts = [GOOD, GOOD.replace("try", "see"), GOOD.replace("try", "think")]
     group = [sample(text) for text in texts]
     more = {"keep_per_prompt": 3, "editor": f"{tmp_path}/editors.py:some"}
-    lines, counts = rejected(monkeypatch, [group], **more)
+    lines, counts = rejected(monkeypatch, [group], editor_may_fail=0.7, **more)
     assert [one["messages"][1]["content"] for one in lines] == [GOOD]
     assert counts == {"sampled": 3, "dropped by editor": 1, "dropped by editor: format": 1}
+    with pytest.raises(ValueError, match=r"gave nothing usable for 2 of 3; .*editor_may_fail"):
+        rejected(monkeypatch, [group], **more)
     with pytest.raises(ValueError, match=r"config\.curate\.editor gave nothing usable for 21 of 32; .*editor_may_fail"):
         rejected(monkeypatch, [group] * 40, **more)
 
@@ -149,3 +179,49 @@ def test_answers_that_no_rule_grades_are_kept_if_a_judge_calls_them_right(monkey
     lines, counts = rejected(monkeypatch, [group], judge=f"{tmp_path}/judges.py:fair")
     assert [one["messages"][1]["content"] for one in lines] == [GOOD]
     assert counts == {"sampled": 3, "dropped by correct": 1, "dropped by judge": 1}
+
+
+def test_free_text_that_was_rewritten_is_judged_again(monkeypatch, tmp_path):
+    (tmp_path / "both.py").write_text(
+        "def fair(example, reply):\n    return reply == example['answer']\n\n\n"
+        "def edit(question, text):\n    return text.replace('3*5', '5*3') if 'try' in text else text\n"
+    )
+    example = {**sample(GOOD).example, "grader": "judged", "answer": "3*5"}
+    texts = (GOOD, GOOD.replace("try", "see"))
+    group = [dataclasses.replace(sample(text, right=0.0), example=example) for text in texts]
+    more = {"judge": f"{tmp_path}/both.py:fair", "editor": f"{tmp_path}/both.py:edit", "editor_may_fail": 1.0}
+    lines, counts = rejected(monkeypatch, [group], **more)
+    assert [one["messages"][1]["content"] for one in lines] == [texts[1]]
+    assert counts == {"sampled": 2, "dropped by editor: answer": 1}
+    example = {**example, "grader": "instructions", "instruction_ids": ["punctuation:no_comma"], "kwargs": [{}]}
+    free = dataclasses.replace(sample(GOOD), example=example)
+    assert curate.unfit(free, GOOD.replace("3*5", "a b"), config()) is None
+    assert curate.unfit(free, GOOD.replace("3*5", "a, b"), config()) == "editor: answer"
+
+
+@pytest.mark.parametrize("opinion", ["'yes'", "[True]", "float('nan')"])
+def test_an_opinion_that_is_neither_yes_nor_no_is_none(monkeypatch, tmp_path, opinion):
+    (tmp_path / "odd.py").write_text(f"def judge(*_):\n    return {opinion}\n")
+    group = [dataclasses.replace(sample(GOOD), example={**sample(GOOD).example, "grader": "judged"})]
+    with pytest.raises(ValueError, match=r"config\.curate\.judge gave nothing usable for 1 of 1"):
+        rejected(monkeypatch, [group], judge=f"{tmp_path}/odd.py:judge")
+
+
+def test_a_judge_stands_in_where_the_rewards_have_no_accuracy(monkeypatch, tmp_path):
+    (tmp_path / "yes.py").write_text("def judge(*_):\n    return True\n")
+    group = [dataclasses.replace(sample(GOOD, right=0.0), example={**sample(GOOD).example, "grader": "my own"})]
+    settings = config(judge=f"{tmp_path}/yes.py:judge")
+    settings["rewards"] = {"format": 1.0}
+    monkeypatch.setattr(curate, "sample_parts", lambda run, config, policy, source, name, use: [use([group])])
+    lines, _ = curate.reject(types.SimpleNamespace(stage="dev1"), settings, None)
+    assert len(lines) == 1
+
+
+def test_what_stops_the_one_host_that_asks_stops_all(tmp_path):
+    def use(groups: list) -> dict:
+        raise ValueError("config.curate.editor: refused")
+
+    run = types.SimpleNamespace(workdir=tmp_path)
+    with pytest.raises(ValueError, match="refused"):
+        curate.parts_of(run, "dev1", 1, lambda i: curate.told(use, []))
+    assert not list(tmp_path.rglob("part-*"))

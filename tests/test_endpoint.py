@@ -88,6 +88,22 @@ def test_a_server_that_drips_is_left_in_time(server):
     assert time.monotonic() - before < 2.0
 
 
+def test_a_server_that_drips_its_headers_is_left_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with listening.accept()[0] as one:
+                one.recv(1 << 16)
+                for _ in range(60):
+                    one.sendall(b"H")
+                    time.sleep(0.1)
+
+        threading.Thread(target=answer, daemon=True).start()
+        before = time.monotonic()
+        assert plainly(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", 1, 0.5) is None
+        assert time.monotonic() - before < 2.0
+
+
 def test_what_speaks_no_http_is_a_failure_like_others():
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

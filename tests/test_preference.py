@@ -1,15 +1,19 @@
 """Preferences: judged in random order, balanced by length, as rows and as a reward; the alarm for reward hacking."""
 
+import pathlib
 import random
+import types
 
 import numpy as np
 import pytest
 from test_curate import sample
 
-from r1jax import evaluate, letters, preference
+from configs import base
+from r1jax import curate, evaluate, letters, preference
 from r1jax.corpus import MIXTURES
 from r1jax.data import Mixture, PromptStream, Source
 from r1jax.rewards.worth import reply_of, worth
+from r1jax.stages import reward_models
 from r1jax.text import load_tokenizer
 
 LETTER = letters.Letter("en", "thanks", "Anna", "tea")
@@ -59,6 +63,59 @@ def test_judges_and_labels_that_cannot_be_had_are_refused():
     with pytest.raises(ValueError, match=r"config\.preference\.safety is 'nowhere:safe'"):
         preference.open_safety("nowhere:safe")
     assert preference.open_safety("letters")({}, BEST) and not preference.open_safety("letters")({}, "I do not care.")
+
+
+@pytest.mark.parametrize("gap", ["7", float("inf"), [1]])
+def test_a_judgement_that_is_no_number_is_none(gap):
+    assert preference.judged_gap(lambda *_: gap, {}, "a", "b", 4, random.Random(0)) is None
+
+
+def gathered(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, **changes: object) -> dict:
+    """What becomes of two samples each of forty letters, in two parts."""
+    groups = [
+        [
+            preference.replace(sample(f"<think> a </think> <answer>{text}</answer>"), example=letters.example_of(one))
+            for text in (BEST, "Bye.")
+        ]
+        for one in letters.letters_of("rl")[:40]
+    ]
+    config = base.get_config()
+    config.preference.update(changes)
+    parts = lambda run, config, sampler, source, name, use, is_general: [use(groups[:20]), use(groups[20:])]  # noqa: E731
+    monkeypatch.setattr(curate, "sample_parts", parts)
+    this = types.SimpleNamespace(workdir=tmp_path, stage="models", seed=0)
+    policy = types.SimpleNamespace(tokenizer=load_tokenizer(MIXTURES["bilingual"].base))
+    return reward_models.gather(this, config, policy, "letters", "rl")
+
+
+def test_a_judge_or_label_that_fails_costs_its_item_until_it_is_too_often(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def judge(example, first, second):\n    raise KeyError('x')\n\n\n"
+        "def prefers(example, first, second):\n"
+        "    return (len(first) - len(second)) * (-1) ** len(example['question'])\n\n\n"
+        "def some(example, response):\n    return None if 'Bye' in response and 'rain' in str(example) else True\n"
+    )
+    with pytest.raises(ValueError, match=r"config\.preference\.judge gave nothing usable for 32 of 32; .*may_fail"):
+        gathered(monkeypatch, tmp_path, judge=f"{tmp_path}/mine.py:judge")
+    mine = {"judge": f"{tmp_path}/mine.py:prefers", "safety": f"{tmp_path}/mine.py:some"}
+    made = gathered(monkeypatch, tmp_path, **mine)
+    silent = sum("rain" in str(letters.example_of(one)) for one in letters.letters_of("rl")[:40])
+    assert 0 < silent == 80 - len(made["labelled"]) and made["pairs"]
+
+
+def test_rows_that_do_not_fit_are_said_and_labels_all_alike_are_refused(capsys):
+    policy = types.SimpleNamespace(tokenizer=load_tokenizer(MIXTURES["bilingual"].base))
+    config = base.get_config()
+    config.preference.row_tokens = 40
+    labelled = [{"question": "q", "response": text, "safe": text == "a"} for text in ("a", "b" * 90, "c")]
+    rows = reward_models.rows(config, policy, {"labelled": labelled}, "safe")
+    assert "safe: 1 of 3 are longer than config.preference.row_tokens" in capsys.readouterr().out
+    assert rows["tokens"].shape == (2, 1, 40) and reward_models.unsafe_share(rows) == 0.5
+    with pytest.raises(ValueError, match=r"safe: nothing fits into config\.preference\.row_tokens \(40\)"):
+        reward_models.rows(config, policy, {"labelled": labelled[1:2]}, "safe")
+    reward_models.check_labels([0.0, 1.0])
+    with pytest.raises(ValueError, match=r"config\.preference\.safety says the same of all 2 responses \(unsafe\)"):
+        reward_models.check_labels([0.0, 0.0])
 
 
 def test_pairs_are_kept_above_the_margin_and_counted():

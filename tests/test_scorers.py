@@ -94,7 +94,7 @@ def test_a_reward_model_learns_what_pairs_say_and_its_measures_are_those_of_its_
     assert scorers.correlation(np.ones(4), np.arange(4.0)) == 0.0
 
 
-def test_a_kept_reward_model_scores_as_it_did(tmp_path):
+def test_a_kept_reward_model_scores_as_it_did(tmp_path, caplog):
     tokenizer = load_tokenizer(MIXTURES["english"].base)
     trunk = transformer.init(POLICY, jax.random.key(0))
     weights = {"trunk": trunk, "score": jax.random.normal(jax.random.key(1), (POLICY.hidden_size,))}
@@ -104,7 +104,10 @@ def test_a_kept_reward_model_scores_as_it_did(tmp_path):
     config = base.get_config()
     config.preference.update({"row_tokens": 48, "rows": 4})
     asked = [("Using 1, 2, 3", " <answer>6</answer>"), ("too long", "a" * 90), ("", " yes")]
-    found = scorers.load(this, config, tmp_path / "helpful", policy)(asked)
+    score = scorers.load(this, config, tmp_path / "helpful", policy)
+    with caplog.at_level("WARNING", "absl"):
+        found = score(asked)
+    assert "1 of 3 texts so far are longer than config.preference.row_tokens" in caplog.text
     rows, fits = rows_of(asked, tokenizer, config.data.template, 48)
     program = dataclasses.replace(PROGRAM, config=POLICY)
     scores = updates.make_reward_score(program)(weights, scorers.batches(rows, 4, LAYOUT))[0][:3]

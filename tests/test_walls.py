@@ -56,6 +56,7 @@ ORDER = [
     "packing",
     "writers",
     "countdown",
+    "queries",
     "letters",
     "phrases",
     "fast_tokenizer",

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: st
     if hosts.agree(path.exists()):
         return json.loads(path.read_text("utf-8"))["data"]
     judge = preference.open_judge(c.judge, config.curate.editor_timeout_s, config.curate.editor_tries)
-    is_safe, total = preference.open_safety(c.safety), collections.Counter()
+    is_safe, may_fail, total = preference.open_safety(c.safety), config.curate.editor_may_fail, {}
     own = config.copy_and_resolve_references()
     own.data.split = split
 
@@ -40,22 +41,30 @@ def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: st
             return {}
         pairs: list[dict[str, Any]] = []
         counts: collections.Counter[str] = collections.Counter()
+        asked: curate.Asked = {}
+
+        def heard(key: str, count: int, failed: int) -> None:
+            for each in (asked, total):
+                curate.note(each, key, count, failed)
+            curate.check_failures(total, may_fail)
+
         for group in groups:
             found, why = preference.pairs_of(group, judge, c.judgements, c.margin)
             pairs += found
             counts += why
-            asked = why["pairs"] - why["alike or empty"]
-            curate.too_often(
-                total, asked, why["judge failed"], config.curate.editor_may_fail, "config.preference.judge"
-            )
-        labelled = [
-            {"question": s.example["question"], "response": s.text, "safe": bool(is_safe(s.example, s.text))}
-            for group in groups
-            for s in group
-        ]
-        return {"pairs": pairs, "labelled": labelled, "counts": counts}
+            heard("config.preference.judge", why["pairs"] - why["alike or empty"], why["judge failed"])
+        labelled = []
+        for s in (s for group in groups for s in group):
+            safe = is_safe(s.example, s.text)
+            heard("config.preference.safety", 1, safe is None)
+            if safe is None:
+                counts["unlabelled"] += 1
+            else:
+                labelled.append({"question": s.example["question"], "response": s.text, "safe": bool(safe)})
+        return {"pairs": pairs, "labelled": labelled, "counts": counts, "asked": asked}
 
     parts = curate.sample_parts(run, own, sampler, source, f"{run.stage}-{split}", use, is_general=True)
+    curate.check_failures(curate.asked_in(parts), may_fail, enough=1)
     judged = [pair for part in parts for pair in part["pairs"]]
     pairs = preference.balance(judged, lambda reply: len(sampler.tokenizer.encode(reply)), run.seed)
     counts = dict(sum((collections.Counter(part["counts"]) for part in parts), collections.Counter()))
@@ -97,6 +106,15 @@ def unsafe_share(rows: dict[str, np.ndarray]) -> float:
     return float(1 - rows["label"].sum((1, 2)).mean())
 
 
+def check_labels(safe: Sequence[float]) -> None:
+    """Raises ValueError if there is nothing to tell apart."""
+    if len(set(safe)) < 2:
+        raise ValueError(
+            f"config.preference.safety says the same of all {len(safe)} responses ({'' if any(safe) else 'un'}safe), "
+            "so there is nothing to learn"
+        )
+
+
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     """Trains both models; leaves them in WORKDIR/models/STAGE and the policy as it is.
 
@@ -111,21 +129,21 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     train, valid = (
         gather(run, config, sampler, source, split) for source, split in ((c.source, c.split), (apart, c.valid_split))
     )
+    check_labels([float(one["safe"]) for one in train["labelled"]])  # before anything is trained
     out = model_folder(run.workdir, run.stage)
     new = out.with_name(f".{out.name}.new")
     for name, loss in MODELS.items():
         this = dataclasses.replace(run, stage=f"{run.stage}_{name}")
         learned, held_out = (rows(config, policy, made, name) for made in (train, valid))
-        if name == "safe" and unsafe_share(learned) in (0.0, 1.0):
-            raise ValueError(
-                f"{run.stage}: config.preference.safety says the same of all {len(learned['label'])} responses "
-                f"({unsafe_share(learned):.0%} unsafe), so there is nothing to learn"
-            )
+        if name == "safe":
+            check_labels(learned["label"].sum((1, 2)))
         params, scores = scorers.train(this, config, policy, loss, learned, held_out)
         flat = {key: a.reshape(-1, a.shape[-1]) for key, a in held_out.items()}
         report = scorers.measured(scores, loss, flat) | {"held_out": len(scores)}
         if name == "safe":
-            report["unsafe_share"] = unsafe_share(held_out)
+            report |= {"unsafe_share": unsafe_share(learned), "held_out_unsafe_share": unsafe_share(held_out)}
+            hosts.say(f"{run.stage}: {report['unsafe_share']:.1%} of {len(learned['label'])} responses are unsafe, "
+                      f"{report['held_out_unsafe_share']:.1%} of the held-out ones")  # fmt: skip
         hosts.say(f"{run.stage}: {name} is right on {report['eval/accuracy']:.1%} of {len(scores)} held-out rows, "
                   f"correlation of score and length {report['eval/length_correlation']:+.2f}")  # fmt: skip
         scorers.save(new / name, policy, params, report)
