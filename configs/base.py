@@ -239,7 +239,7 @@ def get_config() -> ConfigDict:
                 "top_k": 0,
                 "max_completion_tokens": 0,  # 0: as in training at that time
                 "opening": "",  # what every completion is made to begin with
-                # Measured by the stage evaluate in place of config.data, and beside it at the end of fine-tuning:
+                # Measured by the stage evaluate in place of config.data, and beside it at the end of every other stage:
                 # NAME=PATH.jsonl or NAME=tfds:DATASET, NAME one of benchmarks.TABLE.
                 "benchmarks": (),
                 "benchmark_problems": 0,  # of each, the first in a fixed order; 0: all

@@ -81,10 +81,11 @@ def measured(folder: pathlib.Path) -> Record:
         ValueError: it was not evaluated.
     """
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    if not summary["evals"]:
+    evals = [one for one in summary["evals"] if "benchmark" not in one]
+    if not evals:
         raise ValueError(f"the run in {folder} was not evaluated: set config.eval.problems above 0")
     spent = {"minutes": summary["wall_s"] / 60, "peak_rss_gb": summary["peak_rss_gb"], "update_s": update_s(folder)}
-    return {**summary["evals"][-1], **spent}
+    return {**evals[-1], **spent}
 
 
 def update_s(folder: pathlib.Path) -> float | None:

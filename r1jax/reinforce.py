@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax import data, draw, grpo, held_out, hosts, loops, minibatches, optim, report, sharding, updates
+from r1jax import data, draw, examine, grpo, held_out, hosts, loops, minibatches, optim, report, sharding, updates
 from r1jax.model.config import ModelConfig
 from r1jax.rewards.pool import Graded, RewardPool
 from r1jax.rollout import Group, Sample, collect, encode_prompts
@@ -159,6 +159,7 @@ def reinforce(
     # Now rather than when its turn comes: a prompt that is too long.
     encode_prompts(stream.examples, prompts["template"], policy.tokenizer, max_prompt_tokens)
 
+    on_benchmarks = examine.open_benchmarks(run, config, policy, stream.examples)
     with open_pool(config) as pool:
         judge = general.judge if general else None
         problems = held_out.prepare(run, config, policy, pool, verbs, judge, stream.examples)
@@ -187,6 +188,7 @@ def reinforce(
             run, policy, stream, moves, settings, made.objective, made.optimizing, made.optimizer, made.shape,
             open_checkpoints(run, config["checkpoint"]), dict(config["log"]), config["eval"]["every"],
         )  # fmt: skip
+    on_benchmarks(dataclasses.replace(policy, params=params), settings.updates)
     policy = export(run, policy, params)
     run.summary.write()
     if hosts.is_writer():

@@ -168,3 +168,13 @@ def test_problems_that_are_trained_on_are_named(capsys):
     assert found == {"trained_on": {"problems": 1, "share": pytest.approx(1 / 3), "ids": ["b"]}}
     assert "1 of 3 held-out problems are among the training prompts (b)" in capsys.readouterr().out
     assert held_out.leaks(problems, [{"question": "another"}], (), "rl") == {}
+
+
+def test_reinforcement_learning_ends_with_them_as_well(policy, tmp_path):
+    config = make_config(policy, eval__benchmarks=(f"gsm8k={sums(tmp_path / 'a.jsonl')}",), rl__updates=2)
+    config.update_from_flattened_dict(
+        {"data.max_prompt_tokens": 256, "rl.row_tokens": 512, "eval.benchmark_samples": 2}
+    )
+    execute(config, tmp_path / "run")
+    evals = json.loads((tmp_path / "run" / "summary.json").read_text())["evals"]
+    assert [(one["step"], one.get("benchmark")) for one in evals] == [(0, None), (2, None), (2, "gsm8k")]

@@ -59,7 +59,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     """
     student = fine_tune(run, config, policy, config.sft.data, KEY)
     spent = run_folder.read_run(run.workdir, with_completions=False).training_flops
-    last = {record["stage"]: record for record in run.summary.evals}
+    last = {record["stage"]: record for record in run.summary.evals if "benchmark" not in record}
     for other in (name for name in config.stages if name != run.stage):
         if {other, run.stage} <= last.keys() and spent(other):
             hosts.say(comparison(last[run.stage], last[other], spent(other) / spent(run.stage)))
