@@ -75,9 +75,9 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder:
 
     With config.lora.rank what is trained are adapters, and the weights stay in the dtype that they are stored in.
     """
+    from_nothing = folder is None and starts_from_nothing(config.stages)
     folder = folder or base_folder(config.model)
     tokenizer = text.load_tokenizer(folder)
-    from_nothing = starts_from_nothing(config.stages)
     model = model_config(config.stages, config.model) if from_nothing else convert.open_model(folder)[0]
     text.check_fits(tokenizer, model.vocab_size)
     run.param_shardings(model, layouts["train"])
