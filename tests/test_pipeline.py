@@ -184,7 +184,8 @@ def test_stopped_amid_benchmarks_it_keeps_those_that_are_measured(policy, tmp_pa
     for name in ("gsm8k", "svamp"):
         rows = [{"id": i, "question": f"{name}: {i}+1?", "answer": str(i + 1)} for i in range(2)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make_config(policy, stages=("evaluate",), eval__benchmarks=named, eval__benchmark_samples=2)
+    few = {"eval__benchmark_samples": 2, "data__max_prompt_tokens": 160}
+    config = make_config(policy, stages=("evaluate",), eval__benchmarks=named, **few)
 
     def evals(folder: pathlib.Path) -> list[dict]:
         return json.loads((folder / "summary.json").read_text())["evals"]
