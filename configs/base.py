@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
             "seed": 0,
             # Stages run in this order, each from what the one before left: pages of r1jax/stages, or names of pipeline.
             "stages": ("reasoning_rl",),
-            # Stages by name: {"page": of r1jax/stages, "start": an earlier stage or base, GROUP: {KEY: its own value}}.
+            # Stages by name: {"page": of r1jax/stages, "start": base, a stage or a released-model folder,
+            # GROUP: {KEY: its own value}}.
             "pipeline": {},
             "model": {
                 "path": "",  # a released-model folder or URL; empty: the packaged base, or packaged:bilingual
@@ -156,7 +157,7 @@ def get_config() -> ConfigDict:
             },
             # Sampling of training data (cold_start, rejection_sft, reward_models).
             "curate": {
-                "sampler": "",  # the stage whose policy samples; empty: the one that this stage starts from
+                "sampler": "",  # whose policy samples: a stage, base or a folder; empty: the one the stage starts from
                 "prompts": 1000,  # of config.data.split, the first in the run's order
                 "samples": 4,  # per prompt
                 "keep_per_prompt": 1,  # at most, those that came first
@@ -199,7 +200,7 @@ def get_config() -> ConfigDict:
                 "from_update": 1300,  # general prompts and preference join then; reported: the last 400 of 1,700
                 "share": 0.5,  # of the prompts from then on that are general
                 "weight": 1.0,  # of helpfulness and of safety beside the rules
-                "models": "reward_models",  # the stage that left the reward models
+                "models": "reward_models",  # the reward models: the stage that left them, or a folder like models/STAGE
                 "alarm_drop": 0.05,  # fall of held-out accuracy, while the score rises, that counts as reward hacking
                 "alarm_action": "stop_preference",  # then: warn, stop_preference, stop_run
             },

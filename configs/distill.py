@@ -54,7 +54,9 @@ def embedded() -> ConfigDict:
     config.log.rollout_groups = 8
     config.stages = ("rl_alone", "distill")
     alone = {"optim": {"learning_rate": 8e-4}}
-    config.pipeline = ConfigDict({"rl_alone": {"page": "reasoning_rl", **alone}, "distill": {"start": "base"}})
+    config.pipeline = ConfigDict(
+        {"rl_alone": {"page": "reasoning_rl", "start": "base", **alone}, "distill": {"start": "base"}}
+    )
     return config
 
 

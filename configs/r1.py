@@ -72,7 +72,7 @@ def embedded() -> ConfigDict:
     zero["eval"] = {"every": 0}  # the base's row of the table
     config.pipeline = ConfigDict(
         {
-            "zero": {"page": "reasoning_rl", **zero},
+            "zero": {"page": "reasoning_rl", "start": "base", **zero},
             "dev1": {
                 "page": "cold_start",
                 "start": "base",
@@ -81,6 +81,7 @@ def embedded() -> ConfigDict:
             },
             "dev2": {
                 "page": "reasoning_rl",
+                "start": "dev1",
                 **dev2,
                 "grpo": {"clip_eps_low": 10.0, "clip_eps_high": 10.0},
                 "rewards": CONSISTENT,
@@ -91,6 +92,7 @@ def embedded() -> ConfigDict:
                 "curate": {"sampler": "dev2", "prompts": 3000, "samples": 2, "general": "letters"},
             },
             "reward_models": {
+                "start": "dev3",
                 "curate": {"samples": 128, "prompts": 1000},
                 "optim": {"learning_rate": 1e-3},
                 "eval": {"problems": 0},
@@ -127,7 +129,7 @@ def released(model: str) -> ConfigDict:
     }
     config.pipeline = ConfigDict(
         {
-            "zero": {"page": "reasoning_rl"},
+            "zero": {"page": "reasoning_rl", "start": "base"},
             "dev1": {
                 "page": "cold_start",
                 "start": "base",
@@ -150,6 +152,7 @@ def released(model: str) -> ConfigDict:
                 "optim": TAUGHT,
             },
             "reward_models": {
+                "start": "dev3",
                 # 66,000 pairs and 106,000 labelled responses; a prompt gives one pair.
                 "curate": {"prompts": 106_000, "samples": 2},
                 "optim": {"learning_rate": 6e-6},

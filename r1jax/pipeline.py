@@ -17,8 +17,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import r1jax
-from r1jax import checkpoint, evaluate, hosts, metrics, run, sharding, text
+from r1jax import checkpoint, evaluate, hand_over, hosts, metrics, run, sharding, text
 from r1jax.folders import Folder, folder_at
+from r1jax.hand_over import page_of
 from r1jax.model import convert, lora
 from r1jax.model.config import ModelConfig
 from r1jax.run import Policy, Run
@@ -75,9 +76,9 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder:
 
     With config.lora.rank what is trained are adapters, and the weights stay in the dtype that they are stored in.
     """
+    from_nothing = folder is None and starts_from_nothing(config.stages)
     folder = folder or base_folder(config.model)
     tokenizer = text.load_tokenizer(folder)
-    from_nothing = starts_from_nothing(config.stages)
     model = model_config(config.stages, config.model) if from_nothing else convert.open_model(folder)[0]
     text.check_fits(tokenizer, model.vocab_size)
     run.param_shardings(model, layouts["train"])
@@ -94,11 +95,6 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder:
     key = jax.random.fold_in(jax.random.key(config.seed), run.ADAPTERS)
     make = jax.jit(partial(lora.init, model, adapting), out_shardings=layouts["train"].sharding())
     return Policy(model, make(key), tokenizer, folder, adapting, params)
-
-
-def page_of(config: ConfigDict, name: str) -> str:
-    """The page that a stage goes through, by default that of its name."""
-    return config.pipeline.get(name, {}).get("page", name)
 
 
 def check_stages(config: ConfigDict) -> None:
@@ -119,12 +115,16 @@ def check_stages(config: ConfigDict) -> None:
 # Groups of the config that are tables of the user's: a stage replaces them whole.
 TABLES = ("rewards", "reward_paths")
 
+# Keys that the stages of a run share: they are read before any stage is, or by what lies between stages.
+SHARED = ("seed", "stages", "pipeline", "cpu_devices", "lora", "mesh", "decode_mesh")
+SHARED += ("model.path", "model.name", "eval.baseline")
+
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:
     """The config as the stage sees it: what config.pipeline.NAME holds in place of the values for all stages.
 
     Raises:
-        ValueError: there is no such key.
+        ValueError: there is no such key, or no stage can have its own value of it.
     """
     own = config.copy_and_resolve_references()
     for group, value in config.pipeline.get(name, {}).items():
@@ -132,6 +132,12 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
             continue
         if group not in own or isinstance(value, ConfigDict) != isinstance(own[group], ConfigDict):
             raise ValueError(f"config.pipeline.{name}.{group}: there is no key config.{group}")
+        for key in (group, *(f"{group}.{key}" for key in (value if isinstance(value, ConfigDict) else ()))):
+            if key in SHARED:
+                raise ValueError(
+                    f"config.pipeline.{name}.{key} would be without effect: set config.{key}. What no stage can have a "
+                    f"value of its own for: {', '.join(SHARED)}"
+                )
         if group in TABLES or not isinstance(value, ConfigDict):
             own[group] = value
             continue
@@ -151,19 +157,15 @@ def page_module(config: ConfigDict, name: str) -> types.ModuleType:
 
 
 def check_pages(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Asks those pages that can tell whether what they need from outside is there: before the first stage begins."""
-    for name in config.stages:
+    """Asks those pages that can tell whether what they need from outside is there: before the first stage begins.
+
+    They are told of the stages before them alone: only those can still leave something.
+    """
+    for i, name in enumerate(config.stages):
         if check := getattr(page_module(config, name), "check", None):
-            check(stage_config(config, name), workdir)
-
-
-def start_of(config: ConfigDict, i: int) -> str:
-    """Whose policy the i-th stage starts from: an earlier stage, or "base"."""
-    name = config.stages[i]
-    given = config.pipeline.get(name, {}).get("start", "")
-    if given not in ("", "base", *config.stages[:i]):
-        raise ValueError(f"config.pipeline.{name}.start is {given!r}, wanted base or a stage before it")
-    return given or (config.stages[i - 1] if i else "base")
+            own = stage_config(config, name)
+            own.stages = config.stages[:i]
+            check(own, workdir)
 
 
 def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -214,6 +216,7 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     started_s = time.monotonic()
     check_stages(config)
     folder = pathlib.Path(workdir).absolute()
+    starts = [hand_over.start_of(config, i, folder) for i in range(len(config.stages))]
     check_pages(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(config, folder)
@@ -221,13 +224,15 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     layouts = sharding.layouts(mesh, config.decode_mesh.to_dict())
 
     def policy_of(name: str) -> Policy:
-        at = None if name == "base" else folder_at(run.model_folder(folder, name))
-        return load_policy(config, layouts, at)
+        return load_policy(config, layouts, None if name == "base" else hand_over.place_of(folder, name))
+
+    def sampler_of(name: str, before: Sequence[str]) -> Policy:
+        return policy_of(hand_over.resolve(config, "config.curate.sampler", name, before, folder))
 
     summary = metrics.Summary(folder, started_s)
-    this = Run(folder, config.seed, layouts, hosts.on_sigterm(), summary, policy_of=policy_of)
-    starts = [start_of(config, i) for i in range(len(config.stages))]
+    this = Run(folder, config.seed, layouts, hosts.on_sigterm(), summary)
     name, policy = "base", policy_of("base")  # whose policy is at hand; another is read when its turn comes
+    hand_over.check_kin(config, starts, policy, folder)
     hosts.say(plan(config, policy, mesh, folder))
     for i, (stage, start) in enumerate(zip(config.stages, starts, strict=True)):
         if hosts.agree(run.model_folder(folder, stage).exists()) and i + 1 < len(config.stages):
@@ -237,8 +242,9 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
             policy = None  # two policies at once may not fit
             policy = policy_of(start)
         page, own = page_module(config, stage), stage_config(config, stage)
-        policy = page.stage(dataclasses.replace(this, stage=stage), own, policy)
-        name = stage
+        here = dataclasses.replace(this, stage=stage, policy_of=partial(sampler_of, before=config.stages[:i]))
+        policy = page.stage(here, own, policy)
+        name = start if page_of(config, stage) in hand_over.HANDING_ON else stage
     evaluate.add_win_rates(summary.evals, config.eval.baseline)
     summary.write()
     left = [one for one in ("report.html", "models") if (folder / one).exists()]

@@ -31,7 +31,7 @@ class Run:
 
     Attributes:
         stage: its name, under which checkpoints, metrics and the model are kept.
-        policy_of: the policy that an earlier stage left, by that stage's name; "base": what the run began with.
+        policy_of: the policy that a name stands for (hand_over.resolve): an earlier stage, "base", a folder.
     """
 
     workdir: pathlib.Path

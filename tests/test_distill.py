@@ -11,7 +11,8 @@ from tiny import DEEPSEEK, QWEN
 from tiny_run import SETTINGS, execute, make_policy, metrics
 
 from configs import distill as config_file
-from r1jax import conversations, flops, pipeline, run_folder
+from r1jax import conversations, flops, hand_over, hosts, pipeline, run, run_folder
+from r1jax.checkpoint import latest_step
 from r1jax.model import convert
 from r1jax.packing import pack_documents
 from r1jax.stages import distill
@@ -68,11 +69,32 @@ def test_one_command_leaves_both_students_an_evaluation_of_each_and_what_they_co
 
 def test_both_begin_at_the_base_and_the_last_word_compares_them(policy, tmp_path, capsys):
     config = make_config(policy)
-    assert [pipeline.start_of(config, i) for i in range(2)] == ["base", "base"]
+    assert [hand_over.start_of(config, i, tmp_path) for i in range(2)] == ["base", "base"]
     # Nothing but the order of the stages is asked for: either alone, too.
     config.stages = ("distill",)
     execute(config, tmp_path)
     assert "distill against" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step", "saved"), [("rl_alone", 1, 2), ("distill", 2, 2)])
+def test_stopped_inside_either_it_ends_with_the_same_bits(whole, policy, tmp_path, stage, step, saved, monkeypatch):
+    stop, write = hosts.Stop(), run.metrics.Log.write
+
+    def stopping(self: object, at: int, scalars: dict) -> None:
+        write(self, at, scalars)
+        stop.requested = stop.requested or (self.stage == stage and at == step)
+
+    monkeypatch.setattr(run.metrics.Log, "write", stopping)
+    with pytest.raises(run.Stopped):
+        execute(make_config(policy), tmp_path, stop)
+    assert latest_step(tmp_path / "checkpoints" / stage) == saved and not (tmp_path / "models" / stage).exists()
+    monkeypatch.undo()
+    execute(make_config(policy), tmp_path)
+    for name in ("rl_alone", "distill"):
+        one, other = (folder / "models" / name / "model.safetensors" for folder in (tmp_path, whole))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert metrics(tmp_path) == metrics(whole)
 
 
 def test_the_operations_of_sft_are_those_of_the_tokens_read(whole, policy):

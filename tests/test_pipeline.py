@@ -12,6 +12,7 @@ import pytest
 from tiny_run import POLICY, ROOT, STAGE, execute, make_config, make_policy, metrics, outcome, run_main
 
 from configs import base, zero
+from r1jax import held_out, hosts, pipeline, run
 from r1jax import metrics as names
 from r1jax.checkpoint import latest_step
 from r1jax.model import convert
@@ -178,6 +179,35 @@ def test_a_model_is_evaluated_alone_and_stays_as_it_is(policy, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["evals"] == [record]
 
 
+def test_stopped_amid_benchmarks_it_keeps_those_that_are_measured(policy, tmp_path, monkeypatch):
+    named = tuple(f"{name}={tmp_path / name}.jsonl" for name in ("gsm8k", "svamp"))
+    for name in ("gsm8k", "svamp"):
+        rows = [{"id": i, "question": f"{name}: {i}+1?", "answer": str(i + 1)} for i in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"eval__benchmark_samples": 2, "data__max_prompt_tokens": 160}
+    config = make_config(policy, stages=("evaluate",), eval__benchmarks=named, **few)
+
+    def evals(folder: pathlib.Path) -> list[dict]:
+        return json.loads((folder / "summary.json").read_text())["evals"]
+
+    execute(config, tmp_path / "whole")
+    stop, add, asked = hosts.Stop(), names.Summary.add, []
+
+    def stopping(self: names.Summary, *given: dict) -> None:
+        add(self, *given)
+        stop.requested = True
+
+    monkeypatch.setattr(names.Summary, "add", stopping)
+    with pytest.raises(run.Stopped):
+        execute(config, tmp_path / "stopped", stop)
+    monkeypatch.undo()
+    assert evals(tmp_path / "stopped") == evals(tmp_path / "whole")[:1]
+    sample = held_out.HeldOut.sample
+    monkeypatch.setattr(held_out.HeldOut, "sample", lambda self, *given: asked.append(self) or sample(self, *given))
+    execute(config, tmp_path / "stopped")
+    assert evals(tmp_path / "stopped") == evals(tmp_path / "whole") and len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -208,6 +238,24 @@ def test_what_cannot_be_done_is_refused_at_the_start_by_the_name_of_its_key(poli
     with pytest.raises(ValueError, match=says):
         execute(make_config(policy, **changes), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists(), "at the start"
+
+
+@pytest.mark.parametrize("key", pipeline.SHARED)
+def test_what_no_stage_can_have_of_its_own_is_refused_at_start(policy, tmp_path, key):
+    group, _, name = key.partition(".")
+    value = make_config(policy)[group]
+    own = {group: {name: value[name]} if name else value}
+    with pytest.raises(
+        ValueError, match=rf"config.pipeline.{STAGE}.{key} would be without effect: .*decode_mesh, model.path"
+    ):
+        execute(make_config(policy, pipeline={STAGE: own}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_stage_reads_itself_it_can_have_of_its_own(policy):
+    own = {"checkpoint": {"keep": 5}, "model": {"remat": "full"}, "eval": {"problems": 1}, "log": {"sample_every": 7}}
+    found = pipeline.stage_config(make_config(policy, pipeline={STAGE: own}), STAGE)
+    assert (found.checkpoint.keep, found.model.remat, found.eval.problems, found.log.sample_every) == (5, "full", 1, 7)
 
 
 def flat(tree: dict, above: str = "") -> dict:

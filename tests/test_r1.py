@@ -2,15 +2,16 @@
 
 import json
 import pathlib
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny_run import SETTINGS, execute, make_policy
+from tiny_run import SETTINGS, command, execute, make_policy, metrics
 
 from configs import r1
-from r1jax import hosts, pipeline, run, scorers
+from r1jax import hand_over, hosts, pipeline, run, scorers
 from r1jax.checkpoint import latest_step
 
 SMALL = {
@@ -147,8 +148,42 @@ def test_stages_start_where_the_config_says(whole, policy):
     weights = models(whole)
     assert len({weights[f"models/{name}/model.safetensors"] for name in ("zero", "dev1", "dev2", "dev3", "r1")}) == 5
     config = make_config(policy)
-    starts = [pipeline.start_of(config, i) for i in range(len(STAGES))]
+    starts = [hand_over.start_of(config, i, whole) for i in range(len(STAGES))]
     assert starts == ["base", "base", "dev1", "base", "dev3", "dev3"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pipeline.dev1.curate.editor", "nowhere.py:edit", "config.curate.editor is 'nowhere.py:edit'"),
+        ("pipeline.dev3.curate.judge", "http://host/v1", "config.curate.judge is 'http://host/v1': the model's name"),
+        ("pipeline.dev3.curate.general", "nowhere.jsonl", "config.curate.general: there is no file nowhere.jsonl"),
+        ("pipeline.dev3.curate.sampler", "dev4", "config.curate.sampler is 'dev4', wanted base, a stage before it"),
+        ("pipeline.dev1.curate.sampler", "dev2", "config.curate.sampler is 'dev2', wanted base, a stage before it"),
+        ("curate.filters", ("corect",), "config.curate.filters names 'corect', wanted some of whole, correct"),
+        ("preference.judge", "nowhere.py:f", "config.preference.judge is 'nowhere.py:f'"),
+        ("preference.safety", "nowhere.py:f", "config.preference.safety is 'nowhere.py:f'"),
+        ("preference.valid_split", "rl", "config.preference.split and valid_split are both 'rl'"),
+        ("preference.source", "ask.jsonl", "config.preference.valid_source is empty, and ask.jsonl has no splits"),
+        (
+            "preference.models",
+            "judges",
+            "config.preference.models is 'judges', and judges/helpful holds no reward model",
+        ),
+        ("preference.alarm_action", "shout", "config.preference.alarm_action is 'shout', wanted warn, stop_preference"),
+    ],
+)
+def test_what_a_late_stage_lacks_is_told_before_the_first_begins(policy, tmp_path, key, value, message):
+    config = make_config(policy)
+    *groups, name = key.split(".")
+    group = config
+    for one in groups:
+        group = group[one] if one in group else group.setdefault(one, ConfigDict())
+    with group.unlocked():
+        group[name] = value
+    with pytest.raises(ValueError, match=message):
+        execute(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_stage_is_not_gone_through_again(whole, policy, capsys):
@@ -159,7 +194,7 @@ def test_a_finished_stage_is_not_gone_through_again(whole, policy, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["dev1", "dev3", "reward_models_helpful", "r1"])
+@pytest.mark.parametrize("stage", ["dev1", "dev2", "dev3", "reward_models_helpful", "reward_models_safe", "r1"])
 def test_stopped_inside_any_stage_it_ends_with_the_same_bits(whole, policy, tmp_path, stage, monkeypatch):
     stop, write = hosts.Stop(), run.metrics.Log.write
 
@@ -177,7 +212,7 @@ def test_stopped_inside_any_stage_it_ends_with_the_same_bits(whole, policy, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["dev1", "reward_models-rl"])
+@pytest.mark.parametrize("part", ["dev1", "reward_models-rl", "reward_models-validation"])
 def test_stopped_while_it_samples_it_keeps_the_parts_it_has(whole, policy, tmp_path, part, monkeypatch):
     stop, write = hosts.Stop(), hosts.atomic_write
 
@@ -192,6 +227,34 @@ def test_stopped_while_it_samples_it_keeps_the_parts_it_has(whole, policy, tmp_p
     monkeypatch.undo()
     execute(make_config(policy), tmp_path)
     assert models(tmp_path) == models(whole)
+
+
+@pytest.mark.slow
+def test_killed_inside_the_cold_start_it_ends_with_the_same_bits(policy, tmp_path):
+    """SIGKILL, which nothing can prepare for; what is sampled is the base's, so that no stage has to come first."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"import pathlib, sys\nsys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\nimport test_r1\n"
+        f"def get_config():\n    config = test_r1.make_config(pathlib.Path({str(policy)!r}))\n"
+        "    config.update({'stages': ('dev1',), 'cpu_devices': 1})\n"
+        "    config.pipeline.dev1.update({'curate': {'sampler': ''}, 'sft': {'epochs': 30.0}})\n    return config\n"
+    )
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+
+    def run_to_its_end(folder: pathlib.Path) -> None:
+        process = command(f"--config={file}", f"--workdir={folder}")
+        said = process.communicate(timeout=3600)[0]
+        assert process.returncode == 0, said
+
+    run_to_its_end(undisturbed)
+    first = command(f"--config={file}", f"--workdir={killed}")
+    while len(metrics(killed)) < 3 and first.poll() is None:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    assert 3 <= len(metrics(killed)) < len(metrics(undisturbed)) and not models(killed)
+    run_to_its_end(killed)
+    assert models(killed) == models(undisturbed) and metrics(killed) == metrics(undisturbed)
 
 
 # --- the alarm for reward hacking --------------------------------------------------------------------------------
@@ -209,7 +272,10 @@ def scenario(policy: pathlib.Path, **changes: object) -> ConfigDict:
                                      "    return float(letters >= 8 and example['grader'] != 'judged')\n")  # fmt: skip
     given = {"stages": ("r1",), "eval.general": "", "eval.baseline": "", "eval.problems": 32}
     given |= {"rl.prompts_per_update": 4, "rl.group_size": 8, "rl.microbatch_rows": 8}
-    given |= {"preference.from_update": 0, "preference.share": 0.9}
+    given |= {"preference.from_update": 0, "preference.share": 0.9, "preference.models": str(policy / "judges")}
+    for name in ("helpful", "safe"):  # never read: `hackable` is in their place
+        (policy / "judges" / name).mkdir(parents=True, exist_ok=True)
+        (policy / "judges" / name / scorers.HEAD).touch()
     config = make_config(policy, **{**given, **changes})
     config.reward_paths = ConfigDict({"accuracy": f"{policy}/right.py:has_letters"})
     own = {"rl": {"updates": 24}, "optim": {"learning_rate": 0.1}, "eval": {"every": 8}, "rewards": {"accuracy": 1.0}}
@@ -287,7 +353,7 @@ def test_an_alarm_that_could_not_watch_is_refused(policy, tmp_path, monkeypatch,
             "config.pipeline.dev2.rl.update: there is no .*mean updates",
         ),
         ({"pipeline.dev2.rll": {"updates": 3}}, "config.pipeline.dev2.rll: there is no key config.rll"),
-        ({"pipeline.dev1.start": "dev3"}, "config.pipeline.dev1.start is 'dev3', wanted base or a stage before it"),
+        ({"pipeline.dev1.start": "dev3"}, "config.pipeline.dev1.start is 'dev3', wanted base, a stage before it"),
     ],
 )
 def test_a_pipeline_that_cannot_be_is_refused_at_start(policy, tmp_path, changes, message):

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 from tiny import QWEN, jit, one_device, random_params
-from tiny_run import execute, make_config, make_policy
+from tiny_run import execute, make_config, make_policy, metrics
 
 from configs import studies
-from r1jax import updates
+from r1jax import hosts, run, updates
 from r1jax.corpus import MIXTURES
 from r1jax.model import transformer
 from r1jax.rewards.pool import Graded
@@ -254,13 +254,46 @@ def test_settings_that_cannot_work_are_refused(key, value, said, tmp_path):
         mcts.MctsConfig(branches=1, segment_tokens=1, exploration=1.0, budgets=(3, 2))
 
 
+def small(stage, policy, **changes):
+    few = {"curate__prompts": 4, "curate__samples": 2, "prm__continuations": 2, "mcts__budgets": (20, 40)}
+    few |= {"value_model__rows": 4, "value_model__epochs": 1.0, "mcts__segment_tokens": 6, "eval__every": -1}
+    return make_config(policy, **{"stages": (stage,), "rl__updates": 2, "grpo__kl_coef": 0.0, **few, **changes})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prm", "mcts"])
+def test_a_study_stopped_amid_samples_value_model_or_grpo_ends_with_the_same_table(stage, tmp_path, monkeypatch):
+    make_policy(tmp_path / "policy")
+    config = small(stage, tmp_path / "policy", curate__prompts_per_part=2, value_model__epochs=4.0)
+    execute(config, tmp_path / "whole")
+    write_file, write = hosts.atomic_write, run.metrics.Log.write
+    for name in ("part-00000.json", f"{stage}_model", *(["prm"] if stage == "prm" else [])):
+        stop = hosts.Stop()
+
+        def file(path, content, stop=stop, name=name):
+            write_file(path, content)
+            stop.requested = stop.requested or str(path).endswith(name)
+
+        def log(self, step, scalars, stop=stop, name=name):
+            write(self, step, scalars)
+            stop.requested = stop.requested or self.stage == name
+
+        monkeypatch.setattr(hosts, "atomic_write", file)
+        monkeypatch.setattr(run.metrics.Log, "write", log)
+        with pytest.raises(run.Stopped):
+            execute(config, tmp_path / "stopped", stop)
+        monkeypatch.undo()
+    execute(config, tmp_path / "stopped")
+    one, other = (tmp_path / folder for folder in ("whole", "stopped"))
+    assert metrics(one) == metrics(other)
+    for path in (one / f"{stage}.json", one / f"{stage}.txt", *one.glob("models/*/*.safetensors")):
+        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
+
+
 @pytest.mark.parametrize("stage", ["prm", pytest.param("mcts", marks=pytest.mark.slow)])
 def test_a_study_runs_and_leaves_a_table(stage, tmp_path):
     make_policy(tmp_path / "policy")
-    few = {"curate__prompts": 4, "curate__samples": 2, "prm__continuations": 2, "mcts__budgets": (20, 40)}
-    few |= {"value_model__rows": 4, "value_model__epochs": 1.0, "mcts__segment_tokens": 6, "eval__every": -1}
-    config = make_config(tmp_path / "policy", stages=(stage,), rl__updates=2, grpo__kl_coef=0.0, **few)
-    execute(config, tmp_path / "run")
+    execute(small(stage, tmp_path / "policy"), tmp_path / "run")
     found, text = ((tmp_path / "run" / f"{stage}.{kind}").read_text() for kind in ("json", "txt"))
     found = json.loads(found)
     if stage == "prm":

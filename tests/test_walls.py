@@ -25,6 +25,8 @@ ORDER = [
     "reinforce",
     "scorers",
     "fine_tune",
+    "checks",
+    "hand_over",
     "examine",
     "curate",
     "preference",

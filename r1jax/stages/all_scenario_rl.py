@@ -5,6 +5,7 @@ watches for that on validation data: the reward models' score rises while the ac
 """
 
 import functools
+import pathlib
 from collections.abc import Callable
 
 from absl import logging
@@ -34,13 +35,15 @@ def watched(config: ConfigDict) -> ConfigDict:
     return own
 
 
-def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
-    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html.
+def judges_at(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """Where the reward models lie that config.preference.models names: a stage, or a folder of this machine."""
+    left = model_folder(workdir, name)
+    return left if left.exists() else pathlib.Path(name)
 
-    Raises:
-        ValueError: there are no reward models, nothing to validate with, or the alarm stops the run.
-    """
-    c, updates = config.preference, config.rl.updates
+
+def check(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError where no reward models are there or to come, or the alarm could not watch."""
+    c = config.preference
     if c.alarm_action not in ALARM_ACTIONS:
         raise ValueError(f"config.preference.alarm_action is {c.alarm_action!r}, wanted {', '.join(ALARM_ACTIONS)}")
     if config.rl.dynamic_sampling:
@@ -50,8 +53,25 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
             raise ValueError(
                 f"config.eval.{key} is {config.eval[key]}: the alarm for reward hacking would have nothing to look at"
             )
+    watched(config)
+    folder = judges_at(workdir, c.models)
+    for name in ("helpful", "safe"):
+        if c.models not in config.stages and not (folder / name / scorers.HEAD).exists():
+            raise ValueError(
+                f"config.preference.models is {c.models!r}, and {folder / name} holds no reward model: name a stage "
+                f"before this one, one that left them in {workdir / 'models'}, or a folder with helpful and safe"
+            )
+
+
+def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
+    """Trains the policy by GRPO; leaves a released-model folder in WORKDIR/models and WORKDIR/report.html.
+
+    Raises:
+        ValueError: a reward model is of another vocabulary, or the alarm stops the run.
+    """
+    c, updates = config.preference, config.rl.updates
     to_watch = watched(config)
-    folder = model_folder(run.workdir, c.models)
+    folder = judges_at(run.workdir, c.models)
     judges = {name: scorers.load(run, config, folder / name, policy) for name in ("helpful", "safe")}
     judge = functools.partial(preference.with_preference, scorers=judges, weight=c.weight)
     general = data.PromptStream(open_source(config, c.source, c.split, is_general=True), run.seed)

@@ -4,11 +4,18 @@ Several completions per question at T = 1.0, kept when correct and readable, rew
 base: it gives Dev1.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
-from r1jax import curate
+from r1jax import checks, curate
 from r1jax.fine_tune import fine_tune
 from r1jax.run import Policy, Run
+
+
+def check(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError where a filter, editor, judge, sampler or general file of config.curate is not there."""
+    checks.check_curation(config, workdir)
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:

@@ -4,11 +4,18 @@ About 600,000 reasoning samples and 200,000 others (writing, factual questions, 
 epochs, from the base: it gives Dev3.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
-from r1jax import curate
+from r1jax import checks, curate
 from r1jax.fine_tune import fine_tune
 from r1jax.run import Policy, Run
+
+
+def check(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError where a filter, editor, judge, sampler or general file of config.curate is not there."""
+    checks.check_curation(config, workdir)
 
 
 def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:

@@ -6,6 +6,7 @@ Both have the policy's architecture with a scalar head and start from its weight
 import collections
 import dataclasses
 import json
+import pathlib
 import random
 import shutil
 from collections.abc import Sequence
@@ -14,11 +15,22 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from r1jax import curate, data, hosts, preference, scorers
+from r1jax import checks, curate, data, hosts, preference, scorers
 from r1jax.rollout import Group
 from r1jax.run import Policy, Run, model_folder
 
 MODELS = {"helpful": "pairwise", "safe": "pointwise"}
+
+
+def check(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError where a judge, safety rule or sampler is not there, or nothing apart to measure on."""
+    c = config.preference
+    if c.split == c.valid_split:
+        raise ValueError(f"config.preference.split and valid_split are both {c.split!r}, and the models learn from one")
+    data.apart(c.valid_source, c.source, "config.preference.valid_source")
+    preference.open_judge(c.judge, config.curate.editor_timeout_s, config.curate.editor_tries)
+    preference.open_safety(c.safety)
+    checks.check_sampler(config, workdir)
 
 
 def gather(run: Run, config: ConfigDict, sampler: Policy, source: str, split: str) -> dict[str, list[dict[str, Any]]]:
