@@ -28,7 +28,11 @@ def test_a_gather_is_bound_by_the_links_into_a_chip():
 def test_two_slices_meet_over_the_slow_network():
     slices = slice_of("2*v5e:4x4")
     pair = [slices.devices[0], slices.devices[16]]
-    assert interconnect.seconds(slices, "all-gather", 1e9, pair) == 1e9 / slices.chip.dcn
+    # A slice has half of what is gathered, and sends it; of a sum each half goes to be added and comes back.
+    assert interconnect.seconds(slices, "all-gather", 1e9, pair) == 0.5e9 / slices.chip.dcn
+    assert interconnect.seconds(slices, "all-reduce", 1e9, pair) == 1e9 / slices.chip.dcn
+    assert interconnect.dcn_seconds(slices, "all-reduce", 1e9, slices=4) == 1.5e9 / slices.chip.dcn
+    assert interconnect.dcn_seconds(slices, "collective-permute", 1e9, slices=4) == pytest.approx(1e9 / 3.1e9)
     assert slices.chips == 32
 
 

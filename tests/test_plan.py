@@ -224,6 +224,30 @@ def test_a_chain_of_fusions_repeats_one_collective():
     assert cost.seconds == pytest.approx(8 * (wire + cost.wire["all-reduce", "tensor"] / 8), rel=0.01)
 
 
+def two_slices() -> tuple[str, topology.Topology, types.SimpleNamespace]:
+    """What the compiler made of the gradient of (tanh(x @ w) ** 2).mean(), w float32 [256, 512]; data2-fsdp4."""
+    slices = slice_of("2*v5e:2x2")
+    shape = dict(zip(sharding.AXES, (2, 4, 1, 1, 1), strict=True))
+    mesh = types.SimpleNamespace(devices=np.array(slices.devices, object), shape=shape, axis_names=sharding.AXES)
+    return (ROOT / "tests" / "data" / "two_slices.hlo").read_text(), slices, mesh
+
+
+def test_a_sum_over_slices_costs_the_data_centres_network():
+    text, slices, mesh = two_slices()
+    cost = estimate.cost(text, slices, mesh, 1)
+    part = 256 * 512 * 4 / 4  # what a device has of the gradient, once it is summed within its slice
+    assert cost.moved["all-reduce", "data"] == part
+    assert cost.wire["all-reduce", "data"] == part / slices.chip.dcn
+    assert {axes for _, axes in cost.moved} == {"data", "fsdp"}
+    assert part / slices.chip.dcn < cost.seconds == pytest.approx(cost.compute_s + cost.wire_s, rel=0.01)
+    # What another slice is to send is waited for where it is used, and not before.
+    send, recv = (next(line for line in text.splitlines() if f" %{name} = " in line) for name in ("send", "recv"))
+    early = text.replace(f"{recv}\n", "").replace(send, f"{recv}\n{send}")
+    work = '  %work = f32[] fusion(%bitcast.1), calls=%none, backend_config={"estimated_cycles":"15030"}\n  %send-done ='
+    beside = estimate.cost(early.replace("  %send-done =", work), slices, mesh, 1)
+    assert beside.seconds == pytest.approx(cost.seconds) and beside.compute_s == pytest.approx(cost.compute_s + 1e-5)
+
+
 def test_a_kernel_without_an_estimate_is_named():
     kernel = '  %k = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
     text = SMALL.replace("  %done", f"{kernel}\n  %done")

@@ -1,7 +1,8 @@
 """The time of a compiled program: its schedule played through, compute against interconnect. Everything is an estimate.
 
 Compute is the compiler's own estimate of cycles. A collective that runs beside compute (a start, and a done later)
-costs only what is left of it when its result is wanted; all of them share one interconnect. A kernel, for which the
+costs only what is left of it when its result is wanted; all of them share one interconnect, and those between slices
+the data centre's network. A kernel, for which the
 compiler has no estimate, is taken at a share of the peaks: our own at what its schedule gives.
 """
 
@@ -117,19 +118,23 @@ class _Player:
         return self.known[name, is_outermost]
 
     def _play(self, name: str, is_outermost: bool) -> Cost:
-        out, clock, link_free = Cost(), 0.0, 0.0
+        out, clock, link_free, dcn_free = Cost(), 0.0, 0.0, 0.0
         ends: dict[str, float] = {}
         instructions = self.module.computations.get(name, [])
+        met = {i.name: i.meeting for i in instructions if i.meeting}
         fused = [self._fused(i) for i in instructions]
         last = {key: at for at, found in enumerate(fused) for key in found}
         for at, i in enumerate(instructions):
             kind = i.opcode.removesuffix("-start")
             if i.opcode.endswith("-done") or i.opcode == "async-update":
-                ended = max((ends.get(a, 0.0) for a in i.arguments), default=0.0)
+                ended = max((ends.get(met.get(a, a), 0.0) for a in i.arguments), default=0.0)
                 if i.opcode == "async-update":
                     ends[i.name] = ended
                 else:
                     clock = max(clock, ended)
+            elif i.name in met:
+                if i.opcode == "send":
+                    ends[i.meeting] = dcn_free = max(clock, dcn_free) + self._count(out, self._between_slices(i))
             elif kind in hlo.COLLECTIVES:
                 link_free = max(clock, link_free) + self._count(out, self._wire(i, kind))
                 if i.opcode == kind:
@@ -160,7 +165,7 @@ class _Player:
                 work = i.cycles / self.topology.chip.clock_hz
                 out.compute_s += work
                 clock += work
-        out.seconds = max(clock, link_free)
+        out.seconds = max(clock, link_free, dcn_free)
         return out
 
     def _loop(self, out: Cost, loop: hlo.Instruction, is_outermost: bool) -> float:
@@ -204,12 +209,20 @@ class _Player:
                 out[key] = self._wire(j, "reduce-scatter" if slices and kind == "all-reduce" else kind)
         return out
 
+    def _between_slices(self, i: hlo.Instruction) -> Wire:
+        kind = re.match(r"[a-z\-]*", i.meeting)[0]  # all-reduce.1_0: named after the collective that it was
+        size, slices = hlo.shape_bytes(i.shape)[0], self.topology.slices
+        if kind == "all-gather":  # is given what each slice has
+            size *= slices
+        axis = self.mesh.axis_names[0]  # the one that slices lie along, see placement.over_slices
+        return kind, axis, size, interconnect.dcn_seconds(self.topology, kind, size, slices)
+
     def _wire(self, i: hlo.Instruction, kind: str) -> Wire:
         members = hlo.groups(i.rest)
         if kind == "collective-permute":
             members = [pair for pair in members if pair[0] != pair[1]]
         if not members:
-            members = [list(range(len(self.flat)))]
+            members = [list(range(len(self.flat) // self.topology.slices))]  # a program is one slice's
         # Of an asynchronous collective the type also names its handles, which do not travel.
         sizes = hlo.shape_bytes(re.sub(r"\bu32\[\]", "", i.shape) if i.opcode.endswith("-start") else i.shape)
         size = sum(sizes)
