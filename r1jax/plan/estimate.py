@@ -27,12 +27,14 @@ class Kernel(NamedTuple):
 
     Attributes:
         share: in the `shares` of a program, of the work that it is compiled for, what it has to do.
+        reads_all: whatever its share of the operations, it moves all bytes, as the experts' weights.
         compute: of the peak; counted bundles of the compiler's schedule for v5p (python -m tests.bench.kernels).
     """
 
     name: str
     share: str
     compute: float
+    reads_all: bool = False
 
 
 # Their grids depend on the data: attention over packed rows skips pairs of blocks that read nothing of each other
@@ -42,8 +44,8 @@ KERNELS = (
     Kernel("/queries_kernel/", "attention", 0.68),
     Kernel("/keys_kernel/", "attention", 0.73),
     Kernel("/mla_decode/", "", 0.80),
-    Kernel("ragged-dot-", "grouped", KERNEL_COMPUTE),
-    Kernel("/gmm/", "grouped", KERNEL_COMPUTE),
+    Kernel("ragged-dot-", "grouped", KERNEL_COMPUTE, reads_all=True),
+    Kernel("/gmm/", "grouped", KERNEL_COMPUTE, reads_all=True),
 )
 OTHER = Kernel("", "", KERNEL_COMPUTE)
 
@@ -187,8 +189,9 @@ class _Player:
             return 0.0
         chip = self.topology.chip
         kernel = next((k for k in KERNELS if k.name in call.rest), OTHER)
-        took = max(priced[0] / (kernel.compute * chip.peak), priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth))
-        took *= self.shares.get(kernel.share, 1.0)
+        share = self.shares.get(kernel.share, 1.0)
+        moves = priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth)
+        took = max(share * priced[0] / (kernel.compute * chip.peak), moves if kernel.reads_all else share * moves)
         out.kernel_s += took
         return took
 
@@ -221,6 +224,8 @@ class _Player:
         members = hlo.groups(i.rest)
         if kind == "collective-permute":
             members = [pair for pair in members if pair[0] != pair[1]]
+            if not members:  # every device keeps what it has; between slices there may be such
+                return kind, "", 0.0, 0.0
         if not members:
             members = [list(range(len(self.flat) // self.topology.slices))]  # a program is one slice's
         # Of an asynchronous collective the type also names its handles, which do not travel.
@@ -228,7 +233,7 @@ class _Player:
         size = sum(sizes)
         if i.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results[, ...])
             size = sum(sizes[: len(sizes) // 2]) if kind == "reduce-scatter" else sum(sizes[len(sizes) // 2 :])
-            size = max(sizes) if kind in ("collective-permute", "all-gather") and len(sizes) <= 4 else size
+            size = max(sizes) if kind == "collective-permute" or len(sizes) % 2 else size
         elif kind == "reduce-scatter" and i.opcode == "reduce-scatter":
             size *= len(members[0])
         groups = [[self.flat[n] for n in group] for group in members]
