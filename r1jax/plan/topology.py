@@ -44,6 +44,18 @@ class Chip:
     per_chip: int = 1
 
 
+# What a host of a pod runs with: launch/env.sh sets the same, and a test holds the two together.
+FLAGS = (
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+    "xla_enable_async_all_gather",
+    "xla_tpu_enable_async_all_to_all",
+    "xla_tpu_enable_data_parallel_all_reduce_opt",
+    "xla_tpu_data_parallel_opt_different_sized_ops",
+)
+
 GIB = 2**30
 CHIPS = {
     "v4": Chip(275e12, 30.75 * GIB, 1.23e12, 1.05e9, 4.5e10, 3, 4, 3.1e9),
@@ -75,6 +87,11 @@ class Topology:
         # A three-dimensional torus has its switches at the faces of whole cubes of 4 x 4 x 4.
         whole = all(m % 4 == 0 for m in self.shape) if self.chip.dimensions == 3 else True
         return whole and n % self.chip.wraps_at == 0
+
+
+def options() -> tuple[tuple[str, str], ...]:
+    """Options of the compiler as a run has them; none where LIBTPU_INIT_ARGS is set, which libtpu reads by itself."""
+    return () if os.environ.get("LIBTPU_INIT_ARGS") else tuple((flag, "true") for flag in FLAGS)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...], int]:
