@@ -42,7 +42,7 @@ def test_an_unknown_topology_lists_the_known(name, said):
         ("fsdp4-fsdp4", "each once"),
         ("fsdp16/expert4", "is 4, but"),
         ("fsdp16/fsdp16/fsdp16", "TRAIN/DECODE"),
-        ("fsdp", r"no axis with its size\. Wanted some of data"),
+        ("pp16", r"no axis with its size\. Wanted some of data"),
     ],
 )
 def test_a_wrong_layout_says_what_is_wrong(name, said):

@@ -87,7 +87,7 @@ class Plan:
     """
 
     layout: str
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
     rollout_s: float = math.nan
     updates_s: float = math.nan
     tokens_per_s: float = math.nan

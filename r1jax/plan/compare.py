@@ -173,5 +173,5 @@ def plan(config: Any, model: ModelConfig, topology: Topology, name: str, ablatio
         made = make_plan(shown, loop, topology, meshes, asked.programs, asked.how, say)
     except Exception as error:  # a layout that cannot be should not cost what others have taken hours to give
         say(f"{shown}: {error}")
-        return Plan(shown, (), failed=str(error) or repr(error), settings=settings)
+        return Plan(shown, failed=str(error) or repr(error), settings=settings)
     return dataclasses.replace(made, settings=settings)
