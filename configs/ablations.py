@@ -17,6 +17,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_replay": {"rl.router_replay": False},
     "no_sharing": {"rl.share_prompt": False},
     "dynamic_sampling": {"rl.dynamic_sampling": True},
+    # What a plan shows, and no curve.
+    "gather": {"model.expert_exchange": "gather"},
+    "all_to_all": {"model.expert_exchange": "all_to_all"},
+    "bf16_moments": {"optim.moments_dtype": "bfloat16"},
+    "remat_full": {"model.remat": "full"},
+    # The last part of the report's schedule, *reported*.
+    "late_length": {"rl.max_completion_tokens": 65_536, "rl.length_schedule": ()},
 }
 
 

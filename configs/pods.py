@@ -21,7 +21,7 @@ MIXTURE = {**SHORT, "model.expert_exchange": "all_to_all", "model.remat": "atten
 RUNS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **BFLOAT16,
-        # The second stage of the length schedule is planned by its own: --config.rl.max_completion_tokens=65536.
+        # The second part of the report's schedule is planned by its own: --ablation=late_length.
         "rl.length_schedule": (),
         "rl.microbatch_rows": 64,
         "model.expert_exchange": "all_to_all",

@@ -121,7 +121,8 @@ def layouts(mesh: Mesh, decode: Mapping[str, int] | None = None) -> dict[str, La
     """The layouts of all phases over one mesh, or with other sizes of the axes for decoding (0 everywhere: the same).
 
     Raises:
-        ValueError: sizes that do not multiply to the mesh's devices (config.decode_mesh.*).
+        ValueError: sizes that do not multiply to the mesh's devices, or more than `data` across slices
+            (config.decode_mesh.*).
     """
     other = {axis: int(n) for axis, n in (decode or {}).items() if n}
     if not other:
@@ -130,6 +131,12 @@ def layouts(mesh: Mesh, decode: Mapping[str, int] | None = None) -> dict[str, La
     if min(shape) < 1 or int(np.prod(shape)) != mesh.size:
         sizes = dict(zip(AXES, shape, strict=True))
         raise ValueError(f"config.decode_mesh {sizes} does not multiply to the {mesh.size} devices of config.mesh")
+    slices = len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
+    if shape[0] % slices:
+        raise ValueError(
+            f"config.decode_mesh.{AXES[0]} is {shape[0]}, but only the axis {AXES[0]} may lie across slices, and there "
+            f"are {slices}; make config.decode_mesh.{AXES[0]} a multiple of {slices}"
+        )
     # The same devices in the same order: so weights go from one mesh to the other within a program.
     meshes = {"train": mesh, "decode": _mesh(mesh.devices.reshape(shape))}
     return {phase: Layout(meshes[phase], rules) for phase, rules in PHASES.items()}

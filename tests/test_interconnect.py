@@ -1,5 +1,7 @@
 """Laws of the torus: what a collective costs between which chips, and which chips stand side by side in a mesh."""
 
+import types
+
 import pytest
 from slices import slice_of
 
@@ -28,7 +30,11 @@ def test_a_gather_is_bound_by_the_links_into_a_chip():
 def test_two_slices_meet_over_the_slow_network():
     slices = slice_of("2*v5e:4x4")
     pair = [slices.devices[0], slices.devices[16]]
-    assert interconnect.seconds(slices, "all-gather", 1e9, pair) == 1e9 / slices.chip.dcn
+    # A slice has half of what is gathered, and sends it; of a sum each half goes to be added and comes back.
+    assert interconnect.seconds(slices, "all-gather", 1e9, pair) == 0.5e9 / slices.chip.dcn
+    assert interconnect.seconds(slices, "all-reduce", 1e9, pair) == 1e9 / slices.chip.dcn
+    assert interconnect.dcn_seconds(slices, "all-reduce", 1e9, slices=4) == 1.5e9 / slices.chip.dcn
+    assert interconnect.dcn_seconds(slices, "collective-permute", 1e9, slices=4) == pytest.approx(1e9 / 3.1e9)
     assert slices.chips == 32
 
 
@@ -71,6 +77,16 @@ def test_slices_lie_along_data():
     assert [{d.slice_index for d in row.flat} for row in mesh] == [{0}, {0}, {1}, {1}]
     with pytest.raises(ValueError, match=r"config.mesh.data is 1, .* make config.mesh.data a multiple of 2"):
         placement.over_slices((1, 32, 1, 1, 1), slices.devices, exchanging=3)
+
+
+def test_data_lies_over_the_slices_in_decoding_too(monkeypatch):
+    slices = slice_of("2*v5e:4x4")
+    monkeypatch.setattr(sharding, "_mesh", lambda devices: types.SimpleNamespace(devices=devices, size=devices.size))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 16}, list(slices.devices))
+    with pytest.raises(ValueError, match=r"config.decode_mesh.data is 1, .* make config.decode_mesh.data a multiple"):
+        sharding.layouts(mesh, {"fsdp": 8, "tensor": 4})
+    both = sharding.layouts(mesh, {"data": 2, "fsdp": 4, "tensor": 4})
+    assert both["decode"].mesh.devices.shape == (2, 4, 1, 1, 4)
 
 
 def test_axes_of_a_group():

@@ -1,5 +1,6 @@
 """Laws of the planner: what it reads in a program's text, what it makes of it, and what it says to wrong input."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,7 +15,7 @@ from tiny import DEEPSEEK, QWEN, QWEN_MOE
 
 from r1jax import flops, sharding
 from r1jax.model import transformer
-from r1jax.plan import account, compare, estimate, hlo, interconnect, layout, programs, table, topology
+from r1jax.plan import account, compare, estimate, hlo, interconnect, layout, programs, schedule, table, topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -41,6 +42,7 @@ def test_an_unknown_topology_lists_the_known(name, said):
         ("fsdp4-fsdp4", "each once"),
         ("fsdp16/expert4", "is 4, but"),
         ("fsdp16/fsdp16/fsdp16", "TRAIN/DECODE"),
+        ("pp16", r"no axis with its size\. Wanted some of data"),
     ],
 )
 def test_a_wrong_layout_says_what_is_wrong(name, said):
@@ -191,6 +193,25 @@ def test_handles_of_an_exchange_do_not_travel():
     assert estimate.cost(text, *four(), open_trips=3).moved["all-to-all", "fsdp+tensor"] == 8 * 8 * 128 * 2
 
 
+def test_a_gather_of_two_arrays_gives_both():
+    text = SMALL.replace(
+        "(bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%x)",
+        "((bf16[8,128]{1,0}, f32[8]{0}), (bf16[32,128]{1,0}, f32[32]{0})) all-gather-start(%x, %y)",
+    )
+    moved = estimate.cost(text, *four(), open_trips=3).moved
+    assert moved["all-gather", "fsdp+tensor"] == 8 * (32 * 128 * 2 + 32 * 4)
+
+
+def test_a_shift_in_which_all_stay_costs_nothing():
+    # As the compiler writes it for one of two slices, of which the other has something to send.
+    text = SMALL.replace(
+        "all-reduce(%work), replica_groups={{0,1},{2,3}}, to_apply=%add",
+        "collective-permute(%work), source_target_pairs={{0,0},{3,3}}",
+    )
+    moved = estimate.cost(text, *four(), open_trips=3).moved
+    assert not moved.get(("collective-permute", ""))
+
+
 def test_further_rounds_of_an_exchange_cost_nothing():
     named = SMALL.replace("body=%body", 'body=%body, metadata={op_name="jit(step)/further_rounds/while"}')
     assert estimate.cost(named, *four(), open_trips=3).seconds == 0
@@ -224,6 +245,32 @@ def test_a_chain_of_fusions_repeats_one_collective():
     assert cost.seconds == pytest.approx(8 * (wire + cost.wire["all-reduce", "tensor"] / 8), rel=0.01)
 
 
+def two_slices() -> tuple[str, topology.Topology, types.SimpleNamespace]:
+    """What the compiler made of the gradient of (tanh(x @ w) ** 2).mean(), w float32 [256, 512]; data2-fsdp4."""
+    slices = slice_of("2*v5e:2x2")
+    shape = dict(zip(sharding.AXES, (2, 4, 1, 1, 1), strict=True))
+    mesh = types.SimpleNamespace(devices=np.array(slices.devices, object), shape=shape, axis_names=sharding.AXES)
+    return (ROOT / "tests" / "data" / "two_slices.hlo").read_text(), slices, mesh
+
+
+def test_a_sum_over_slices_costs_the_data_centres_network():
+    text, slices, mesh = two_slices()
+    cost = estimate.cost(text, slices, mesh, 1)
+    part = 256 * 512 * 4 / 4  # what a device has of the gradient, once it is summed within its slice
+    assert cost.moved["all-reduce", "data"] == part
+    assert cost.wire["all-reduce", "data"] == part / slices.chip.dcn
+    assert {axes for _, axes in cost.moved} == {"data", "fsdp"}
+    assert part / slices.chip.dcn < cost.seconds == pytest.approx(cost.compute_s + cost.wire_s, rel=0.01)
+    # What another slice is to send is waited for where it is used, and not before.
+    send, recv = (next(line for line in text.splitlines() if f" %{name} = " in line) for name in ("send", "recv"))
+    early = text.replace(f"{recv}\n", "").replace(send, f"{recv}\n{send}")
+    work = (
+        '  %work = f32[] fusion(%bitcast.1), calls=%none, backend_config={"estimated_cycles":"15030"}\n  %send-done ='
+    )
+    beside = estimate.cost(early.replace("  %send-done =", work), slices, mesh, 1)
+    assert beside.seconds == pytest.approx(cost.seconds) and beside.compute_s == pytest.approx(cost.compute_s + 1e-5)
+
+
 def test_a_kernel_without_an_estimate_is_named():
     kernel = '  %k = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
     text = SMALL.replace("  %done", f"{kernel}\n  %done")
@@ -237,11 +284,19 @@ def test_a_kernel_without_an_estimate_is_named():
     grouped = priced.replace("backend_config={", 'metadata={op_name="ragged-dot-none"}, backend_config={')
     half = estimate.cost(grouped, *four(), 3, {"attention": 1.0, "grouped": 0.5})
     assert half.kernel_s == pytest.approx(cost.kernel_s / 2)
+    # Fewer rows than there is room for are fewer operations; the experts' weights are read all the same. Of attention,
+    # pairs of blocks are skipped with what they would have read.
+    reads = grouped.replace('"bytes_accessed":8', '"bytes_accessed":810000000')
+    half = estimate.cost(reads, *four(), 3, {"attention": 1.0, "grouped": 0.5})
+    assert half.kernel_s == pytest.approx(8 * 1e-3 / estimate.KERNEL_MEMORY)
+    half = estimate.cost(reads.replace("ragged-dot-none", "/forward_kernel/"), *four(), 3, {"attention": 0.5})
+    assert half.kernel_s == pytest.approx(4 * 1e-3 / estimate.KERNEL_MEMORY)
     assert estimate.cost(text.replace("%k =", "%ragged-dot-metadata.1 ="), *four(), open_trips=3).unpriced == 0
 
 
 def a_row(**changed) -> account.Row:
-    cost = estimate.Cost(seconds=2.0, compute_s=1.0)
+    wires = {"moved": {("all-reduce", "data"): 0.5e9}, "wire": {("all-reduce", "data"): 0.25}}
+    cost = estimate.Cost(seconds=2.0, compute_s=1.0, unpriced=1, **wires)
     fields = {
         "layout": "fsdp4", "program": "update", "calls": 16.0, "trips": 1, "tokens": 1.0, "flops": 1e12, "fits": True,
         "compile_s": 2.0, "hbm": {"parameters": 2e9, "activations": 3e9}, "cost": cost, "mfu": 0.4,
@@ -250,15 +305,56 @@ def a_row(**changed) -> account.Row:
 
 
 def a_plan(layout_name: str, updates_s: float, *rows: account.Row) -> account.Plan:
-    return account.Plan(layout_name, rows, 1.0, updates_s, 10.0, 1.0)
+    return account.Plan(layout_name, rows, 1.0, updates_s, 10.0, 1.0, 16, 2200, 65_536, programs.Load(9.0, 3.0))
 
 
 def test_rows_of_json_have_the_agreed_keys():
     broken = a_row(cost=None, fits=False, failed="too large")
-    rows = json.loads(table.as_json([a_plan("fsdp4", 2.0, a_row(), broken)]))
+    failed = account.Plan("tensor4", failed="4 heads do not divide")
+    plans = [a_plan("fsdp4", 2.0, a_row(), broken), failed]
+    rows = json.loads(table.as_json("title", plans, slice_of("v5e:2x2"), ["note"]))
     keys = {"layout", "program", "hbm_gb", "fits", "est_s", "mfu", "collective_gb", "compile_s"}
     assert all(keys <= row.keys() for row in rows)
+    assert [(row["layout"], row["program"]) for row in rows] == [
+        *(("fsdp4", "update"), ("fsdp4", "update"), ("fsdp4", "loop"), ("tensor4", "loop"))
+    ]
     assert rows[0]["hbm_gb"] == 5.0 and rows[0]["est_s"] == 2.0 and rows[1]["est_s"] is None
+    assert rows[0]["unpriced_kernels"] == 1 and rows[0]["wire_s_by_kind"] == {"all-reduce data": 0.25}
+    assert rows[3]["failed"] == "4 heads do not divide" and not rows[3]["fits"] and rows[3]["est_s"] is None
+
+
+def test_a_row_of_json_has_the_whole_loop():
+    row = json.loads(table.as_json("title", [a_plan("fsdp4", 2.0, a_row())], slice_of("v5e:2x2"), ["note"]))[-1]
+    assert row["program"] == "loop" and row["fits"] and row["hbm_gb"] == 5.0
+    assert row["est_s"] == 3.0 and row["rollout_s"] == 1.0 and row["update_s"] == 3 / 16
+    assert row["tokens_per_s"] == 10 and row["tokens_per_day"] == 864_000
+    assert row["run_updates"] == 2200 and row["run_hours"] == 1.0 and row["chip_hours"] == 4.0
+    assert row["collective_gb"] == 16 * 0.5 and row["reported_schedule_chip_hours"] is None
+    assert row["about"]["notes"] == ["note"] and row["about"]["chips"] == 4
+    assert row["about"]["completion_tokens"] == 9.0 and row["about"]["max_completion_tokens"] == 65_536
+
+
+def test_hours_are_those_of_the_part_of_the_schedule_with_this_length():
+    assert schedule.parts() == {32_768: 8200, 65_536: 2200}
+    config = zero("deepseek_v3")
+    assert schedule.updates(config.rl) == 8200
+    late = zero("deepseek_v3+late_length")
+    assert late.rl.max_completion_tokens == 65_536 and schedule.updates(late.rl) == 2200
+    assert schedule.updates(zero("qwen2_5_7b").rl) == 10_400  # shorter than any of the report's
+    assert schedule.updates(zero().rl) == 76
+    long = a_plan("fsdp4:late_length", 2.0, a_row())
+    short = dataclasses.replace(long, layout="fsdp4", run_hours=5.0, run_updates=8200, longest=32_768)
+    assert schedule.together([short, long]) == {"fsdp4": 6.0} and not schedule.together([short])
+    said = table.text("title", [short, long], slice_of("v5e:2x2"), [])
+    assert "8,200 updates at up to 32,768 tokens, of the report's 10,400: 5 hours on 4 chips, 20 chip-hours" in said
+    assert "fsdp4: the report's whole schedule, 10,400 updates, 6 hours, 24 chip-hours" in said
+
+
+def test_plans_are_ranked_by_the_time_of_an_update():
+    # A rollout for one update is shorter than one for sixteen, and worse.
+    short = dataclasses.replace(a_plan("fsdp4:on_policy", 0.5, a_row()), updates=1)
+    whole, failed = a_plan("fsdp4", 4.0, a_row()), account.Plan("tensor4", failed="heads")
+    assert table.rank([failed, short, whole]) == [whole, short, failed]
 
 
 def test_what_does_not_fit_ranks_last_and_says_what_to_change():
@@ -278,6 +374,34 @@ def test_decoding_is_held_against_the_bandwidth_limit():
     said = table.text("title", [a_plan("fsdp4", 1.0, row)], slice_, [])
     assert "generate: 200 ms a token; reading weights and caches takes 8 ms" in said
     assert "4% of it" in said
+
+
+def a_program(lower) -> programs.Program:
+    return programs.Program("update", lower, 1.0, 1, 1e30, 1.0, {}, {})
+
+
+def test_a_program_that_fails_is_a_row_that_says_why():
+    slice_, mesh = four()
+
+    def refuse(done):
+        raise RuntimeError("Mosaic failed to compile TPU kernel: bad tiling\nand more")
+
+    row = account.make_row("fsdp4", a_program(refuse), slice_, mesh, {}, account.How())
+    assert row.failed == "Mosaic failed to compile TPU kernel: bad tiling" and not row.fits and row.cost is None
+    said = table.text("title", [account.Plan("fsdp4", (row,))], slice_, [])
+    assert "fsdp4: update does not compile: Mosaic failed" in said
+
+
+def test_an_estimate_above_the_peak_is_none():
+    slice_ = slice_of("v5e:2x2")
+    mesh = types.SimpleNamespace(**vars(four()[1]), size=4)
+    made = types.SimpleNamespace(
+        as_text=lambda: SMALL, memory_analysis=lambda: types.SimpleNamespace(peak_memory_in_bytes=8e9)
+    )
+    lowered = types.SimpleNamespace(compile=lambda compiler_options: made)
+    row = account.make_row("fsdp4", a_program(lambda done: lowered), slice_, mesh, {}, account.How())
+    assert row.fits and row.cost is None and "of the peak, so it is wrong" in row.failed
+    assert "update: no estimate" in table.text("title", [account.Plan("fsdp4", (row,))], slice_, [])
 
 
 @pytest.mark.parametrize(
@@ -320,10 +444,108 @@ def test_a_search_tries_layouts_that_divide(model, devices, wanted):
     found = compare.sensible(config, devices)
     assert wanted in found and len(found) > 2
     for name in found:
-        sizes, _ = layout.parse(name, devices)
-        mesh = types.SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in sharding.AXES})
-        spread = sharding.Layout(mesh, sharding.TRAIN)
-        sharding.check_divides(transformer.logical_axes(config), transformer.shapes(config), spread)
+        for sizes, rules in zip(layout.parse(name, devices), sharding.PHASES.values(), strict=True):
+            mesh = types.SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in sharding.AXES})
+            spread = sharding.Layout(mesh, rules)
+            sharding.check_divides(transformer.logical_axes(config), transformer.shapes(config), spread)
+
+
+def test_a_search_lays_data_over_the_slices():
+    found = compare.sensible(compare.model_config("qwen2_5_7b"), 32, slices=2)
+    assert "data2-fsdp16" in found and all(name.startswith("data2-") for name in found)
+    for part in (part for name in found for part in name.split("/")):
+        assert part.startswith("data2-")
+
+
+def test_a_search_tries_other_kinds_of_layouts_too():
+    moe = compare.model_config("qwen3_30b_a3b")
+    found = compare.sensible(moe, 4)
+    assert "fsdp4" in found and "expert4" in found
+    found = compare.sensible(compare.model_config("deepseek_v3"), 1024, longest=32_768)
+    assert {"fsdp1024", "fsdp16-expert8-context8", "fsdp4-expert16-tensor16/fsdp4-expert256"} <= {*found}
+    assert "fsdp16/fsdp4-tensor4" in compare.sensible(compare.model_config("qwen2_5_7b"), 16)
+
+
+def test_a_search_that_finds_no_layout_says_why():
+    with pytest.raises(ValueError, match=r"no layout fits 11 .*expert11: .* does not divide over 11 .*fsdp11: "):
+        compare.sensible(compare.model_config("qwen3_30b_a3b"), 11)
+
+
+def test_a_search_raises_slots_to_the_devices():
+    config = zero("qwen2_5_7b")
+    layout_ = sharding.layouts(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))["decode"]
+    assert compare._with_room(config, layout_) == ""
+    config.sampler.update({"slots": 12, "prefill_prompts": 2})
+    assert compare._with_room(config, layout_) == "sampler.slots=16, sampler.prefill_prompts=4"
+    assert config.sampler.slots == 16 and config.sampler.prefill_prompts == 4
+
+
+def on_eight(monkeypatch, fails=()) -> list:
+    """Plans without a compiler, on the eight devices there are; gives what each was made of."""
+    import jax
+
+    made = []
+    slice_ = dataclasses.replace(slice_of("v5e:2x4"), devices=tuple(jax.devices()))
+    monkeypatch.setattr(compare, "open_topology", lambda name: slice_)
+
+    def loop(config, model, layouts, load):
+        if any(layouts["train"].mesh.shape[axis] > 1 for axis in fails):
+            raise ValueError("kv_heads of 1 does not divide")
+        made.append(config)
+        return programs.Loop((), 4, 512, load, 76, config.rl.max_completion_tokens)
+
+    monkeypatch.setattr(compare.programs, "loop", loop)
+    monkeypatch.setattr(compare, "make_plan", lambda shown, *rest: a_plan(shown, 2.0, a_row(layout=shown)))
+    return made
+
+
+def test_a_layout_that_cannot_be_does_not_cost_the_others(monkeypatch):
+    on_eight(monkeypatch, fails=("tensor",))
+    kept = []
+    found = compare.compare(zero(), asked(layouts=("tensor8", "fsdp8")), lambda line: None, kept.append)
+    assert [plan.failed for plan in found.plans] == ["kv_heads of 1 does not divide", ""]
+    assert [len(report.plans) for report in kept] == [1, 2]
+    said = table.text(found.title, found.plans, found.topology, found.notes)
+    assert "tensor8 ==\nthis layout cannot be: kv_heads of 1" in said and "upper bound" in said
+    # What is misspelt is said before anything is planned.
+    with pytest.raises(ValueError, match="did you mean fsdp"):
+        compare.compare(zero(), asked(layouts=("fsdp8", "fspd8")), lambda line: None, kept.append)
+    assert len(kept) == 2
+
+
+def test_an_ablation_is_planned_beside_the_config(monkeypatch):
+    made = on_eight(monkeypatch)
+    wanted = {
+        "gather": ("model.expert_exchange", "gather"),
+        "bf16_moments": ("optim.moments_dtype", "bfloat16"),
+        "remat_full": ("model.remat", "full"),
+        "late_length": ("rl.max_completion_tokens", 65_536),
+    }
+    config, how = zero("deepseek_v3"), asked(layouts=("fsdp8",), ablations=tuple(wanted), completion_tokens=0)
+    found = compare.compare(config, how, lambda line: None)
+    assert [plan.layout for plan in found.plans] == ["fsdp8", *(f"fsdp8:{name}" for name in wanted)]
+    flat = [config.to_dict() for config in made]
+    for i, (key, value) in enumerate(wanted.values(), 1):
+        group, key = key.split(".")
+        assert flat[i][group][key] == value != flat[0][group][key]
+        assert sum(flat[i][g] != flat[0][g] for g in flat[0]) == 1
+
+
+def test_a_plan_is_compiled_with_the_flags_of_a_run(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    script = f'source {ROOT / "launch" / "env.sh"} && printf %s "$LIBTPU_INIT_ARGS"'
+    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [f"--{name}={value}" for name, value in topology.options()]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=true")  # which libtpu reads by itself
+    assert topology.options() == ()
+
+
+def test_a_rollout_is_priced_by_how_far_its_cache_has_grown():
+    # Half of the steps over 100 places, half over 200: as one over 150. What waits is drawn over the longest.
+    assert programs._fullness([100, 200], 0, 200, 200) == 0.5
+    assert programs._fullness([100, 150, 200], 0, 200, 200) == pytest.approx(0.375)
+    assert programs._fullness([100, 200], 0, 200, 400) == 0.75
+    assert programs._fullness([100], 20, 80, 80) == 1.0
 
 
 def test_an_unknown_model_lists_the_known(monkeypatch):
@@ -350,10 +572,15 @@ from r1jax.main import load_config
 from r1jax import sharding
 from r1jax.plan import compare, programs
 config, model = load_config("configs/zero.py"), compare.model_config("tiny")
+config.sampler.prefill_prompts = 64  # of 32 there are: still one call
 layouts = sharding.layouts(sharding.make_mesh({"fsdp": 8}))
 loop = programs.loop(config, model, layouts, programs.Load(100, 20))
 by_name = {p.name: p for p in loop.programs}
-assert list(by_name) == ["layout", "prefill", "insert", "resize", "generate", "score", "update"], by_name
+names = "layout prefill insert resize generate_short generate score update"
+assert " ".join(by_name) == names, [*by_name]
+assert by_name["prefill"].calls == by_name["insert"].calls == 1
+drawn = by_name["generate_short"].calls + by_name["generate"].calls
+assert drawn == 288 / 64 and by_name["generate_short"].flops < by_name["generate"].flops
 for name, p in by_name.items():
     assert {"parameters", "optimizer", "reference"} <= {*p.takes, *p.beside}, name
     assert not {*p.takes} & {*p.beside} - {"batch"}, name
@@ -382,5 +609,6 @@ def test_the_loop_of_a_small_policy_compiles_for_a_tpu(tmp_path):
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 14 and all(row["fits"] and 0 < row["hbm_gb"] < 16 and row["est_s"] > 0 for row in rows)
+    rows = [row for row in rows if row["program"] != "loop"]
+    assert len(rows) == 16 and all(row["fits"] and 0 < row["hbm_gb"] < 16 and row["est_s"] > 0 for row in rows)
     assert "comparison, best first" in out.stdout and "chip-hours" in out.stdout

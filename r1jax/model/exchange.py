@@ -2,8 +2,10 @@
 
 "gather": the tokens of all devices that share the experts are gathered, and the sums are scattered back.
 "all_to_all": a token goes once to each device that holds any of its experts (DeepSeek-V3, arXiv 2412.19437, section
-2.1.2: routing limited to groups of experts bounds how many those are), with a fixed number of places per pair of
-devices. What finds no place goes in a further round, so that none is dropped.
+2.1.2), with a fixed number of places per pair of devices. What finds no place goes in a further round, so that none is
+dropped. There, routing limited to groups bounds to how many nodes a token goes, which then pass it on within: an
+exchange of two stages, which this is not. Here it bounds the devices only while they are few: for DeepSeek-V3 a token
+goes to 4 of 4 or 8 devices, but to 8, as many as it has experts, of 16 and more, as on a pod.
 """
 
 import jax
@@ -17,7 +19,10 @@ Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 
 
 def peers_per_token(config: ModelConfig, peers: int) -> int:
-    """Over how many of the devices that share the experts a token's experts can lie."""
+    """Over how many of the devices that share the experts a token's experts can lie.
+
+    Groups of experts bound it where they are few devices each; on a pod, with many, it is the number of its experts.
+    """
     per_group = -(-peers // config.n_group)
     return min(config.num_experts_per_tok, peers, config.topk_group * per_group)
 

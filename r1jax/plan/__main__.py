@@ -12,11 +12,14 @@ any) and prints memory, estimated time and collectives. Nothing runs on a TPU: a
     --layouts=A,B              mesh axes with their sizes, fsdp4-expert32-tensor8; after a slash those of decoding
     --search                   tries the sensible layouts of a topology and ranks them
     --ablation=A,B             named ablations of configs/ablations.py, each planned beside the config itself
-    --programs=A,B             only these: layout, prefill, insert, resize, generate, score, update
+    --programs=A,B             only these: layout, prefill, insert, resize, generate_short, generate, score, update
     --completion_tokens=N      assumed mean of completions (default: a third of the longest), --prompt_tokens=N (128)
-    --json=FILE --html=FILE    the table as rows, and as a page
-    --xla=A=1,B=2              options of the compiler: xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000
+    --json=FILE --html=FILE    the table as rows, and as a page; written anew after each layout
+    --xla=A=1,B=2              options of the compiler beside those of launch/env.sh (or of LIBTPU_INIT_ARGS, if set)
     --hlo=DIR                  keeps what the compiler made of every program, as text
+
+A layout or a program that cannot be is a row that says why, and the others are planned. The exit code is 1 where no
+layout could be planned at all; one that was and does not fit is an answer.
 """
 
 import os
@@ -89,7 +92,7 @@ def _options(words: list[str]) -> tuple[tuple[str, str], ...]:
 def main(argv: list[str]) -> None:
     """Plans, prints, writes."""
     from r1jax import hosts  # after the flags: a mistake in them should not wait for jax
-    from r1jax.plan import compare, table
+    from r1jax.plan import compare, table, topology
     from r1jax.plan.account import How
 
     try:
@@ -102,15 +105,21 @@ def main(argv: list[str]) -> None:
             programs=tuple(_PROGRAMS.value),
             completion_tokens=_COMPLETION.value,
             prompt_tokens=_PROMPT.value,
-            how=How(_options(_XLA.value), _HLO.value),
+            how=How((*topology.options(), *_options(_XLA.value)), _HLO.value),
         )
-        found = compare.compare(flags.FLAGS.config, asked, lambda line: print(line, file=sys.stderr, flush=True))
-        shown = found.title, found.plans, found.topology, found.notes
-        if _JSON.value:
-            hosts.atomic_write(_JSON.value, table.as_json(found.plans))
-        if _HTML.value:
-            hosts.atomic_write(_HTML.value, table.page(*shown))
-        print(table.text(*shown))
+
+        def keep(found: compare.Report) -> None:
+            shown = found.title, found.plans, found.topology, found.notes
+            if _JSON.value:
+                hosts.atomic_write(_JSON.value, table.as_json(*shown))
+            if _HTML.value:
+                hosts.atomic_write(_HTML.value, table.page(*shown))
+
+        found = compare.compare(flags.FLAGS.config, asked, lambda line: print(line, file=sys.stderr, flush=True), keep)
+        print(table.text(found.title, found.plans, found.topology, found.notes))
+        hbm = found.topology.chip.hbm
+        if not any(row.cost or row.hbm_total > hbm for plan in found.plans for row in plan.rows):
+            sys.exit("r1jax.plan: no layout could be planned; above is why")
     except (ValueError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"r1jax.plan: {error}")

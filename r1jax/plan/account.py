@@ -1,6 +1,7 @@
 """One layout: its programs compiled, their memory by kind beside what else lies there, their time, the whole loop's."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Collection
@@ -10,7 +11,7 @@ import jax
 
 from r1jax import hosts
 from r1jax.plan import estimate
-from r1jax.plan.programs import Loop, Program, device_bytes
+from r1jax.plan.programs import Load, Loop, Program, device_bytes
 from r1jax.plan.topology import Topology
 
 # What shrinks each kind of memory, by the key of the config.
@@ -42,7 +43,7 @@ class Row:
 
     Attributes:
         hbm: bytes on a device by kind at its peak, with what lies beside it.
-        failed: what the compiler said instead, if it did not take the program.
+        failed: what the compiler said instead, if it did not take the program, or why there is no estimate.
         flops: of the model in one call, over all devices.
     """
 
@@ -72,22 +73,40 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All rows of a layout, and the loop's own figures where every program was compiled."""
+    """All rows of a layout, and the loop's own figures where every program was priced.
+
+    Attributes:
+        rollout_s, updates_s: of a rollout, and of scoring it and all updates by it.
+        tokens_per_s: of completions, over the whole loop.
+        run_hours: of `run_updates` updates.
+        updates: by a rollout.
+        run_updates: of the run, as many as have completions of at most `longest` tokens.
+        load: that was assumed.
+        failed: why the layout has no rows.
+        settings: that were changed for this layout.
+    """
 
     layout: str
-    rows: tuple[Row, ...]
-    rollout_s: float
-    updates_s: float
-    tokens_per_s: float  # of completions, over the whole loop
-    run_hours: float
+    rows: tuple[Row, ...] = ()
+    rollout_s: float = math.nan
+    updates_s: float = math.nan
+    tokens_per_s: float = math.nan
+    run_hours: float = math.nan
+    updates: int = 1
+    run_updates: int = 0
+    longest: int = 0
+    load: Load | None = None
+    failed: str = ""
+    settings: str = ""
 
     @property
     def fits(self) -> bool:
-        return all(row.fits for row in self.rows)
+        return not self.failed and all(row.fits for row in self.rows)
 
     @property
-    def rollout_and_updates_s(self) -> float:
-        return self.rollout_s + self.updates_s
+    def update_s(self) -> float:
+        """Seconds of the whole loop for each update."""
+        return (self.rollout_s + self.updates_s) / self.updates
 
 
 def _kinds(program: Program, compiled: Any) -> dict[str, float]:
@@ -125,11 +144,9 @@ def make_row(
     }
     try:
         done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever jax, XLA and Mosaic raise: the other programs are planned
         taken = {kind: device_bytes(tree) for kind, tree in program.takes.items()}
         activations = _too_large(str(error), sum(taken.values()))
-        if not activations:
-            raise
         beside = {kind: device_bytes(tree) for kind, tree in program.beside.items()}
         hbm = {**taken, "activations": activations}
         for kind, size in beside.items():
@@ -140,16 +157,29 @@ def make_row(
     text = compiled.as_text()
     if how.texts:
         hosts.atomic_write(f"{how.texts}/{layout.replace('/', '_')}.{program.name}.txt", text)
-    cost = estimate.cost(text, topology, mesh, program.trips, program.shares)
-    peak = topology.chip.peak * mesh.size
-    mfu = program.flops / (cost.seconds * peak) if cost.seconds else 0.0
-    assert mfu < 1, f"{layout} {program.name}: {mfu:.0%} of the peak, so the estimate is wrong"
+    cost, mfu, failed = _priced(text, program, topology, mesh)
     hbm = _kinds(program, compiled)
-    return Row(**common, compile_s=compile_s, hbm=hbm, fits=sum(hbm.values()) <= topology.chip.hbm, cost=cost, mfu=mfu)
+    fits = sum(hbm.values()) <= topology.chip.hbm
+    return Row(**common, compile_s=compile_s, hbm=hbm, fits=fits, cost=cost, mfu=mfu, failed=failed)
+
+
+def _priced(
+    text: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh
+) -> tuple[estimate.Cost | None, float, str]:
+    """Cost and MFU, or why there are none."""
+    try:
+        cost = estimate.cost(text, topology, mesh, program.trips, program.shares)
+    except Exception as error:  # the text is no interface
+        return None, 0.0, f"no estimate: {type(error).__name__} {_first_line(error)}"
+    mfu = program.flops / (cost.seconds * topology.chip.peak * mesh.size) if cost.seconds else 0.0
+    if mfu >= 1:
+        return None, 0.0, f"no estimate: it came to {mfu:.0%} of the peak, so it is wrong"
+    return cost, mfu, ""
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error).splitlines()[0]).strip()
+    lines = str(error).splitlines() or [repr(error)]
+    return next((line for line in lines if "hbm" in line.lower()), lines[0]).strip()
 
 
 def make_plan(
@@ -183,11 +213,17 @@ def make_plan(
         updates_s,
         loop.completions * loop.load.completion_tokens / whole if is_whole and whole else float("nan"),
         whole * loop.schedule_updates / loop.updates / 3600 if is_whole else float("nan"),
+        loop.updates,
+        loop.schedule_updates,
+        loop.longest,
+        loop.load,
     )
 
 
 def remedy(row: Row, hbm: float) -> str:
-    """Which program does not fit, by how much, and what to change."""
+    """Which program does not fit, by how much, and what to change; or why it could not be compiled."""
+    if row.failed and row.hbm_total <= hbm:
+        return f"{row.layout}: {row.program} does not compile: {row.failed}"
     largest = sorted(row.hbm, key=row.hbm.get, reverse=True)[:2]
     over = (row.hbm_total - hbm) / 1e9
     parts = "; ".join(f"{kind} {row.hbm[kind] / 1e9:.1f} GB: {REMEDIES[kind]}" for kind in largest)

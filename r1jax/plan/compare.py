@@ -2,15 +2,17 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from r1jax import run, sharding
+from r1jax.model import transformer
 from r1jax.model.config import ModelConfig
 from r1jax.plan import layout as layout_names
-from r1jax.plan import programs
+from r1jax.plan import programs, schedule
 from r1jax.plan.account import How, Plan, make_plan
 from r1jax.plan.topology import Topology, open_topology
 
@@ -54,65 +56,122 @@ def model_config(name: str) -> ModelConfig:
     return run.model_config(models[name])
 
 
-def sensible(model: ModelConfig, devices: int) -> list[str]:
-    """Layouts worth a try: tensor to sixteen at most, experts as far as they divide, fsdp for the rest."""
-    tensors = [n for n in (1, 2, 4, 8, 16) if devices % n == 0 and model.num_attention_heads % n == 0]
-    if model.attention == "gqa":
-        tensors = [n for n in tensors if model.num_key_value_heads % n == 0]
-    experts = [n for n in (8, 16, 32, 64) if devices % n == 0] if model.n_moe else [1]
-    _, fsdp_axis, expert_axis, _, tensor_axis = sharding.AXES
-    found = []
-    for tensor in tensors:
-        for expert in experts:
-            fsdp, left = divmod(devices, tensor * expert)
-            # As the rules of sharding.TRAIN spread experts and widths.
-            spread = model.n_moe == 0 or model.n_routed_experts % (expert * tensor) == 0
-            if fsdp and not left and spread and model.hidden_size % (fsdp * expert) == 0:
-                found.append(layout_names.spell({fsdp_axis: fsdp, expert_axis: expert, tensor_axis: tensor}))
+LONG_TOKENS = 16_384  # rows from which a search also splits each over `context`: our choice
+
+
+def sensible(model: ModelConfig, devices: int, slices: int = 1, longest: int = 0) -> list[str]:
+    """Layouts worth a try, data over the slices: tensor to sixteen at most, experts as far as they divide, fsdp for the
+    rest; fsdp alone; one with context where completions are long; one with another mesh for decoding.
+
+    Raises:
+        ValueError: not one divides; says what stands against those that were looked at.
+    """
+    data_axis, fsdp_axis, expert_axis, context_axis, tensor_axis = sharding.AXES
+    inside = devices // slices
+    shapes, axes = transformer.shapes(model), transformer.logical_axes(model)
+    against: dict[str, str] = {}
+
+    def fits(**sizes: int) -> str:
+        """The layout's name, empty where something does not divide."""
+        left, over = divmod(inside, math.prod(sizes.values()))
+        if over or not left:
+            return ""
+        named = {data_axis: slices, fsdp_axis: left, **sizes}
+        name = layout_names.spell(named)
+        mesh = jax.sharding.AbstractMesh(tuple(named.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
+        try:
+            for rules in sharding.PHASES.values():
+                sharding.check_divides(axes, shapes, sharding.Layout(mesh, rules))
+        except ValueError as error:
+            against[name] = str(error)
+            return ""
+        return name
+
+    experts = [min(n, inside) for n in (8, 16, 32, 64)] if model.n_moe else [1]
+    found = [fits(**{tensor_axis: tensor, expert_axis: n}) for tensor in (1, 2, 4, 8, 16) for n in experts]
+    found = [name for name in dict.fromkeys(found) if name]
+    if model.n_moe:
+        alone = fits()
+        # Experts over everything while they are read once a token, the widest layout while training.
+        decode = fits(**{expert_axis: math.gcd(model.n_routed_experts, inside)})
+        train = found[-1] if found else alone
+    else:
+        alone, train, decode = "", found[0] if found else "", found[-1] if found else ""
+    long = fits(**{context_axis: 8, expert_axis: experts[0]}) if longest >= LONG_TOKENS else ""
+    apart = f"{train}/{decode}" if train and decode and train != decode else ""
+    found = [name for name in dict.fromkeys((*found, alone, long, apart)) if name]
+    if not found:
+        why = "; ".join(f"{name}: {said}" for name, said in list(against.items())[:3])
+        raise ValueError(f"--search: no layout fits {devices} devices in {slices} slices. {why}")
     return found
 
 
-def compare(config: Any, asked: Asked, say: Say) -> Report:
-    """Plans every layout and ablation asked for.
+def _with_room(config: Any, decode: sharding.Layout) -> str:
+    """Raises the sampler's sizes to multiples of the devices that they are spread over; says which."""
+    said = []
+    for key, axis in (("slots", "slots"), ("prefill_prompts", "rows")):
+        have, each = config.sampler[key], decode.size(axis)
+        if have % each:
+            config.sampler[key] = -(-have // each) * each
+            said.append(f"sampler.{key}={config.sampler[key]}")
+    return ", ".join(said)
+
+
+def compare(config: Any, asked: Asked, say: Say, keep: Callable[[Report], None] = lambda report: None) -> Report:
+    """Plans every layout and ablation asked for. What fails is a plan that says why, and the others go on.
+
+    Args:
+        keep: is given what there is after each.
 
     Raises:
-        ValueError: no such model, topology, layout or ablation, or something that does not divide.
+        ValueError: no such model, topology, axis or ablation, or nothing that a search could try.
     """
     topology = open_topology(asked.topology)
     model = model_config(asked.model or config.model.name)
-    names = [*asked.layouts, *(sensible(model, len(topology.devices)) if asked.is_search else ())]
-    load = programs.Load(asked.completion_tokens or config.rl.max_completion_tokens / 3, asked.prompt_tokens)
+    devices, names = len(topology.devices), list(asked.layouts)
+    for name in names:
+        layout_names.parse(name, devices)  # what is misspelt is said before hours are spent
     ablations = importlib.import_module("configs.ablations")
-    plans = []
-    for name in dict.fromkeys(names):
-        for ablation in ("", *asked.ablations):
-            changed = ablations.apply(config.copy_and_resolve_references(), ablation)
-            plans.append(plan(changed, model, topology, name, ablation, load, asked, say))
+    variants = {a: ablations.apply(config.copy_and_resolve_references(), a) for a in ("", *asked.ablations)}
+    if asked.is_search:
+        names += sensible(model, devices, topology.slices, config.rl.max_completion_tokens)
     chip, rl = topology.chip, config.rl
     notes = (
         f"{topology.chips} chips, {chip.peak / 1e12:.0f} TFLOP/s (bfloat16) and {chip.hbm / 1e9:.1f} GB a device; jax "
         f"{jax.__version__}. Times are estimates: the compiler's cycles, and models of kernels and interconnect.",
         f"assumed: {rl.group_size} completions for each of {rl.prompts_per_update * rl.minibatches} prompts a rollout, "
-        f"{load.completion_tokens:,.0f} tokens each on average (at most {rl.max_completion_tokens:,}), prompts of "
-        f"{load.prompt_tokens:,.0f}; grading and hosts cost nothing",
+        f"{_load(config, asked).completion_tokens:,.0f} tokens each on average (at most {rl.max_completion_tokens:,}), "
+        f"prompts of {asked.prompt_tokens:,.0f}; grading and hosts cost nothing",
+        "the rollout is an upper bound: every dispatch has all slots live, where a run drops to a quarter of them as "
+        "completions end; the cache grows with the longest completion",
     )
-    return Report(f"{config.model.name} on {topology.name}", tuple(plans), topology, notes)
+    report = Report(f"{config.model.name} on {topology.name}", (), topology, notes)
+    for name in dict.fromkeys(names):
+        for ablation, changed in variants.items():
+            found = plan(changed.copy_and_resolve_references(), model, topology, name, ablation, asked, say)
+            report = dataclasses.replace(report, plans=(*report.plans, found))
+            keep(report)
+    return report
 
 
-def plan(
-    config: Any,
-    model: ModelConfig,
-    topology: Topology,
-    name: str,
-    ablation: str,
-    load: programs.Load,
-    asked: Asked,
-    say: Say,
-) -> Plan:
-    """One layout and ablation; a layout that cannot be is left to the caller as a ValueError."""
-    train, decode = layout_names.parse(name, len(topology.devices))
-    mesh = sharding.make_mesh(train, list(topology.devices))
-    layouts = sharding.layouts(mesh, None if train == decode else decode)
-    loop = programs.loop(config, model, layouts, load)
-    meshes = {phase: layout.mesh for phase, layout in layouts.items()}
-    return make_plan(f"{name}:{ablation}" if ablation else name, loop, topology, meshes, asked.programs, asked.how, say)
+def _load(config: Any, asked: Asked) -> programs.Load:
+    return programs.Load(asked.completion_tokens or config.rl.max_completion_tokens / 3, asked.prompt_tokens)
+
+
+def plan(config: Any, model: ModelConfig, topology: Topology, name: str, ablation: str, asked: Asked, say: Say) -> Plan:
+    """One layout and ablation; of one that cannot be, why."""
+    shown, settings = f"{name}:{ablation}" if ablation else name, ""
+    try:
+        train, decode = layout_names.parse(name, len(topology.devices))
+        mesh = sharding.make_mesh(train, list(topology.devices))
+        layouts = sharding.layouts(mesh, None if train == decode else decode)
+        if asked.is_search:
+            settings = _with_room(config, layouts["decode"])
+        loop = programs.loop(config, model, layouts, _load(config, asked))
+        loop = dataclasses.replace(loop, schedule_updates=schedule.updates(config.rl))
+        meshes = {phase: layout.mesh for phase, layout in layouts.items()}
+        made = make_plan(shown, loop, topology, meshes, asked.programs, asked.how, say)
+    except Exception as error:  # a layout that cannot be should not cost what others have taken hours to give
+        say(f"{shown}: {error}")
+        return Plan(shown, failed=str(error) or repr(error), settings=settings)
+    return dataclasses.replace(made, settings=settings)

@@ -1,7 +1,8 @@
 """The time of a compiled program: its schedule played through, compute against interconnect. Everything is an estimate.
 
 Compute is the compiler's own estimate of cycles. A collective that runs beside compute (a start, and a done later)
-costs only what is left of it when its result is wanted; all of them share one interconnect. A kernel, for which the
+costs only what is left of it when its result is wanted; all of them share one interconnect, and those between slices
+the data centre's network. A kernel, for which the
 compiler has no estimate, is taken at a share of the peaks: our own at what its schedule gives.
 """
 
@@ -26,12 +27,14 @@ class Kernel(NamedTuple):
 
     Attributes:
         share: in the `shares` of a program, of the work that it is compiled for, what it has to do.
+        reads_all: whatever its share of the operations, it moves all bytes, as the experts' weights.
         compute: of the peak; counted bundles of the compiler's schedule for v5p (python -m tests.bench.kernels).
     """
 
     name: str
     share: str
     compute: float
+    reads_all: bool = False
 
 
 # Their grids depend on the data: attention over packed rows skips pairs of blocks that read nothing of each other
@@ -41,8 +44,8 @@ KERNELS = (
     Kernel("/queries_kernel/", "attention", 0.68),
     Kernel("/keys_kernel/", "attention", 0.73),
     Kernel("/mla_decode/", "", 0.80),
-    Kernel("ragged-dot-", "grouped", KERNEL_COMPUTE),
-    Kernel("/gmm/", "grouped", KERNEL_COMPUTE),
+    Kernel("ragged-dot-", "grouped", KERNEL_COMPUTE, reads_all=True),
+    Kernel("/gmm/", "grouped", KERNEL_COMPUTE, reads_all=True),
 )
 OTHER = Kernel("", "", KERNEL_COMPUTE)
 
@@ -117,19 +120,23 @@ class _Player:
         return self.known[name, is_outermost]
 
     def _play(self, name: str, is_outermost: bool) -> Cost:
-        out, clock, link_free = Cost(), 0.0, 0.0
+        out, clock, link_free, dcn_free = Cost(), 0.0, 0.0, 0.0
         ends: dict[str, float] = {}
         instructions = self.module.computations.get(name, [])
+        met = {i.name: i.meeting for i in instructions if i.meeting}
         fused = [self._fused(i) for i in instructions]
         last = {key: at for at, found in enumerate(fused) for key in found}
         for at, i in enumerate(instructions):
             kind = i.opcode.removesuffix("-start")
             if i.opcode.endswith("-done") or i.opcode == "async-update":
-                ended = max((ends.get(a, 0.0) for a in i.arguments), default=0.0)
+                ended = max((ends.get(met.get(a, a), 0.0) for a in i.arguments), default=0.0)
                 if i.opcode == "async-update":
                     ends[i.name] = ended
                 else:
                     clock = max(clock, ended)
+            elif i.name in met:
+                if i.opcode == "send":
+                    ends[i.meeting] = dcn_free = max(clock, dcn_free) + self._count(out, self._between_slices(i))
             elif kind in hlo.COLLECTIVES:
                 link_free = max(clock, link_free) + self._count(out, self._wire(i, kind))
                 if i.opcode == kind:
@@ -160,7 +167,7 @@ class _Player:
                 work = i.cycles / self.topology.chip.clock_hz
                 out.compute_s += work
                 clock += work
-        out.seconds = max(clock, link_free)
+        out.seconds = max(clock, link_free, dcn_free)
         return out
 
     def _loop(self, out: Cost, loop: hlo.Instruction, is_outermost: bool) -> float:
@@ -182,8 +189,9 @@ class _Player:
             return 0.0
         chip = self.topology.chip
         kernel = next((k for k in KERNELS if k.name in call.rest), OTHER)
-        took = max(priced[0] / (kernel.compute * chip.peak), priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth))
-        took *= self.shares.get(kernel.share, 1.0)
+        share = self.shares.get(kernel.share, 1.0)
+        moves = priced[1] / (KERNEL_MEMORY * chip.hbm_bandwidth)
+        took = max(share * priced[0] / (kernel.compute * chip.peak), moves if kernel.reads_all else share * moves)
         out.kernel_s += took
         return took
 
@@ -204,18 +212,28 @@ class _Player:
                 out[key] = self._wire(j, "reduce-scatter" if slices and kind == "all-reduce" else kind)
         return out
 
+    def _between_slices(self, i: hlo.Instruction) -> Wire:
+        kind = re.match(r"[a-z\-]*", i.meeting)[0]  # all-reduce.1_0: named after the collective that it was
+        size, slices = hlo.shape_bytes(i.shape)[0], self.topology.slices
+        if kind == "all-gather":  # is given what each slice has
+            size *= slices
+        axis = self.mesh.axis_names[0]  # the one that slices lie along, see placement.over_slices
+        return kind, axis, size, interconnect.dcn_seconds(self.topology, kind, size, slices)
+
     def _wire(self, i: hlo.Instruction, kind: str) -> Wire:
         members = hlo.groups(i.rest)
         if kind == "collective-permute":
             members = [pair for pair in members if pair[0] != pair[1]]
+            if not members:  # every device keeps what it has; between slices there may be such
+                return kind, "", 0.0, 0.0
         if not members:
-            members = [list(range(len(self.flat)))]
+            members = [list(range(len(self.flat) // self.topology.slices))]  # a program is one slice's
         # Of an asynchronous collective the type also names its handles, which do not travel.
         sizes = hlo.shape_bytes(re.sub(r"\bu32\[\]", "", i.shape) if i.opcode.endswith("-start") else i.shape)
         size = sum(sizes)
         if i.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results[, ...])
             size = sum(sizes[: len(sizes) // 2]) if kind == "reduce-scatter" else sum(sizes[len(sizes) // 2 :])
-            size = max(sizes) if kind in ("collective-permute", "all-gather") and len(sizes) <= 4 else size
+            size = max(sizes) if kind == "collective-permute" or len(sizes) % 2 else size
         elif kind == "reduce-scatter" and i.opcode == "reduce-scatter":
             size *= len(members[0])
         groups = [[self.flat[n] for n in group] for group in members]

@@ -13,6 +13,8 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+# Between slices nothing is a collective: the host sends an array and receives what became of it.
+TO_HOSTS = ("send", "recv")
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f64": 8, "c64": 8}
 
 _START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+)\s+= ")
@@ -40,6 +42,13 @@ class Instruction:
         """Names of the computations behind calls=, body=, condition=, branch_computations=."""
         found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
         return re.findall(r"[\w.\-]+", found[1].replace("%", "")) if found else []
+
+    @property
+    def meeting(self) -> str:
+        """Of a transfer between slices: what its send and its recv have in common, empty for anything else."""
+        if self.opcode not in TO_HOSTS or '_xla_host_transfer_handler_name="xla_megascale_runtime"' not in self.rest:
+            return ""
+        return re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.rest)[1]
 
     @property
     def arguments(self) -> list[str]:

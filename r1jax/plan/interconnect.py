@@ -53,9 +53,8 @@ def seconds(topology: Topology, kind: str, size: float, group: Sequence[jax.Devi
     n = len(group)
     if n < 2 or not size:
         return 0.0
-    if len({getattr(d, "slice_index", 0) for d in group}) > 1:
-        times = 2 if kind == "all-reduce" else 1
-        return times * size / topology.chip.dcn
+    if (slices := len({getattr(d, "slice_index", 0) for d in group})) > 1:
+        return dcn_seconds(topology, kind, size, slices)
     over = spans(topology, group)
     if not over:  # two cores of one chip
         return 0.0
@@ -65,6 +64,12 @@ def seconds(topology: Topology, kind: str, size: float, group: Sequence[jax.Devi
         return size * worst / topology.chip.link + hops
     times = 2 if kind == "all-reduce" else 1
     return times * (size * (n - 1) / n / _gather_bandwidth(topology, over) + hops)
+
+
+def dcn_seconds(topology: Topology, kind: str, size: float, slices: int) -> float:
+    """Time of a collective between devices that stand at the same place of so many slices; `size` as in `seconds`."""
+    times = {"all-reduce": 2, "collective-permute": slices / (slices - 1)}.get(kind, 1)
+    return times * size * (slices - 1) / slices / topology.chip.dcn
 
 
 def permute_seconds(topology: Topology, size: float, pairs: Sequence[tuple[jax.Device, jax.Device]]) -> float:

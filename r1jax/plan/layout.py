@@ -28,7 +28,7 @@ def _sizes(part: str, name: str, devices: int) -> Sizes:
         found = re.fullmatch(r"([a-z]+)(\d+)", word)
         if not found or found[1] not in AXES or found[1] in out or int(found[2]) < 1:
             near = difflib.get_close_matches(word.rstrip("0123456789"), AXES, 1)
-            hint = f"; did you mean {near[0]}?" if near and (not found or found[1] not in AXES) else ""
+            hint = f"; did you mean {near[0]}?" if near and (not found or found[1] not in AXES) else "."
             raise ValueError(
                 f"--layouts={name}: {word!r} is no axis with its size{hint} Wanted some of {', '.join(AXES)}, "
                 "each once, as in fsdp4-expert32-tensor8"

@@ -5,6 +5,7 @@ lies on the devices at that moment of the loop, since a program that fits alone 
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -73,6 +74,7 @@ class Loop:
     completions: int  # per rollout
     load: Load
     schedule_updates: int  # of the whole run
+    longest: int  # completion, in tokens
 
 
 def device_bytes(tree: Tree) -> float:
@@ -133,12 +135,25 @@ def loop(config: Any, model: ModelConfig, layouts: dict[str, sharding.Layout], l
         settings.prompts_per_rollout * settings.group_size,
         load,
         settings.updates,
+        settings.longest,
     )
 
 
 def _grouped(made: reinforce.Programs, layout: sharding.Layout) -> dict[str, float]:
     """Of the rows that experts have room for, those that come."""
     return {"grouped": 1 / made.verbs.paths.expert_slack if layout.size("experts") > 1 else 1.0}
+
+
+def _fullness(lengths: list[int], prompt_tokens: int, longest: int, steps: float) -> float:
+    """How far from the shortest cache to the longest a step's is, on average.
+
+    The cache grows with the longest completion that is drawn; once that is done, and others still wait, it stays.
+    """
+    if len(lengths) == 1:
+        return 1.0
+    at = np.searchsorted(lengths, np.arange(prompt_tokens, prompt_tokens + longest) + 1)
+    held = np.asarray(lengths)[np.minimum(at, len(lengths) - 1)].sum() + (steps - longest) * lengths[-1]
+    return float((held / steps - lengths[0]) / (lengths[-1] - lengths[0]))
 
 
 def _rollout(
@@ -157,8 +172,10 @@ def _rollout(
     lengths = buckets(max(sizes.cache_bucket, prompt_length + 16), settings.longest + config.data.max_prompt_tokens)
     is_waiting = completions > n_slots
     filled = lengths[-1] if is_waiting else lengths[0]  # the cache when prompts come in
-    # No rollout ends before its longest completion. Every step is priced with full caches, which they are in the end.
+    # No rollout ends before its longest completion.
     steps = max(float(settings.longest), completions * load.completion_tokens / n_slots)
+    full = _fullness(lengths, round(load.prompt_tokens), settings.longest, steps)
+    dispatches = steps / sizes.tokens_per_dispatch
 
     def like(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
@@ -190,7 +207,7 @@ def _rollout(
         Program(
             "prefill",
             lambda done: verbs.prefill.lower(weights, prompt, length),
-            calls=prompts / n_rows,
+            calls=math.ceil(prompts / n_rows),
             trips=1,
             flops=flops.forward(model, n_rows * prompt_length, prompt_length / 2),
             tokens=n_rows * prompt_length,
@@ -201,7 +218,7 @@ def _rollout(
         Program(
             "insert",
             lambda done: verbs.insert.lower(slots[filled], prefix(done), *columns, key),
-            calls=max(prompts / n_rows, completions / (n_slots * sizes.refill_share) if is_waiting else 0),
+            calls=max(math.ceil(prompts / n_rows), completions / (n_slots * sizes.refill_share) if is_waiting else 0),
             trips=1,
             flops=0.0,
             tokens=0,
@@ -223,19 +240,29 @@ def _rollout(
                 gives={"cache": slots[lengths[-1]]},
             )
         )
-    programs.append(
-        Program(
-            "generate",
-            lambda done: verbs.generate.lower(weights, slots[lengths[-1]], like((n_slots,), bool), scalar, scalar),
-            calls=steps / sizes.tokens_per_dispatch,
-            trips=sizes.tokens_per_dispatch,
-            flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, lengths[-1]),
-            tokens=n_slots * sizes.tokens_per_dispatch,
-            takes={"weights": weights, "cache": slots[lengths[-1]]},
-            beside=always,
-            shares=_grouped(made, layout),
+    # The cache grows as completions do. A dispatch is priced over the shortest and over the longest, and every other is
+    # taken as so much of the one and so much of the other.
+    for name, tokens, calls in (
+        ("generate_short", lengths[0], (1 - full) * dispatches),
+        ("generate", lengths[-1], full * dispatches),
+    ):
+        if name == "generate_short" and not calls:
+            continue
+        programs.append(
+            Program(
+                name,
+                lambda done, cache=slots[tokens]: verbs.generate.lower(
+                    weights, cache, like((n_slots,), bool), scalar, scalar
+                ),
+                calls=calls,
+                trips=sizes.tokens_per_dispatch,
+                flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, tokens),
+                tokens=n_slots * sizes.tokens_per_dispatch,
+                takes={"weights": weights, "cache": slots[tokens]},
+                beside=always,
+                shares=_grouped(made, layout),
+            )
         )
-    )
     return programs
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from r1jax.plan import schedule
 from r1jax.plan.account import Plan, Row, remedy
 from r1jax.plan.topology import Topology
 
@@ -31,7 +32,7 @@ def _columns(lines: Sequence[Sequence[str]]) -> str:
 
 def _bottleneck(row: Row) -> str:
     if row.cost is None:
-        return "does not compile"
+        return "not priced"
     exposed = max(row.cost.seconds - row.cost.compute_s - row.cost.kernel_s, 0.0)
     return f"{exposed / row.cost.seconds:.0%} waits" if row.cost.seconds else "-"
 
@@ -41,6 +42,8 @@ def _gb(size: float) -> str:
 
 
 def _layout(plan: Plan, topology: Topology) -> str:
+    if plan.failed:
+        return f"== {plan.layout} ==\nthis layout cannot be: {plan.failed}"
     lines = [("program", "HBM GB", "fits", "estimate", "waits", "MFU", "calls", "compile")]
     for row in plan.rows:
         mfu = f"{row.mfu:.1%}" if row.flops and row.cost else "-"
@@ -56,16 +59,17 @@ def _layout(plan: Plan, topology: Topology) -> str:
         for (kind, axes), size in found[:6]:
             if size > 1e6:
                 moved.append((row.program, kind, axes or "-", f"{size / 1e9:.3g} GB", _time(row.cost.wire[kind, axes])))
-    parts = [f"== {plan.layout} ==", _columns(lines), "", _columns(memory)]
+    named = f"== {plan.layout} ==" + (f" with {plan.settings}" if plan.settings else "")
+    parts = [named, _columns(lines), "", _columns(memory)]
     if len(moved) > 1:
         parts += ["", _columns(moved)]
     for row in plan.rows:
-        if row.program == "generate" and row.cost:
+        if row.program in ("generate_short", "generate") and row.cost:
             # What a token cannot take less than: every weight and all caches are read once.
             least = (row.hbm.get("weights", 0.0) + row.hbm.get("cache", 0.0)) / topology.chip.hbm_bandwidth
             parts.append(
-                f"generate: {_time(row.est_s / row.trips)} a token; reading weights and caches takes {_time(least)}, "
-                f"{least * row.trips / row.est_s:.0%} of it"
+                f"{row.program}: {_time(row.est_s / row.trips)} a token; reading weights and caches takes "
+                f"{_time(least)}, {least * row.trips / row.est_s:.0%} of it"
             )
     unpriced = {row.program: row.cost.unpriced for row in plan.rows if row.cost and row.cost.unpriced}
     loops = {row.program: row.cost.open_loops for row in plan.rows if row.cost and row.cost.open_loops}
@@ -74,38 +78,40 @@ def _layout(plan: Plan, topology: Topology) -> str:
     for name, n in loops.items():
         parts.append(f"{name}: {n} inner loops of unknown length are counted once")
     parts += [remedy(row, topology.chip.hbm) for row in plan.rows if not row.fits]
+    parts += [f"{row.program}: {row.failed}" for row in plan.rows if row.fits and row.failed]
     if not math.isnan(plan.run_hours):
         day = plan.tokens_per_s * 86400
         parts.append(
             f"the loop, estimated: rollout {_time(plan.rollout_s)}, scoring and updates {_time(plan.updates_s)}; "
-            f"{plan.tokens_per_s:,.0f} completion tokens a second, {day:.3g} a day; the whole schedule "
-            f"{plan.run_hours:,.0f} hours on {topology.chips} chips, {plan.run_hours * topology.chips:,.0f} chip-hours"
+            f"{plan.tokens_per_s:,.0f} completion tokens a second, {day:.3g} a day; "
+            f"{schedule.covered(plan)}: {plan.run_hours:,.0f} hours on {topology.chips} chips, "
+            f"{plan.run_hours * topology.chips:,.0f} chip-hours"
         )
     return "\n".join(parts)
 
 
 def _comparison(plans: Sequence[Plan]) -> str:
-    lines = [("layout", "fits", "largest HBM GB", "rollout", "score+update", "update MFU", "tokens/s", "schedule h")]
+    lines = [("layout", "fits", "largest HBM GB", "rollout", "score+update", "update MFU", "s an update", "tokens/s")]
     for plan in plans:
         update = next((row for row in plan.rows if row.program == "update"), None)
         lines.append(
             (
                 plan.layout,
                 "yes" if plan.fits else "NO",
-                _gb(max(row.hbm_total for row in plan.rows)),
+                _gb(max((row.hbm_total for row in plan.rows), default=0.0)),
                 _time(plan.rollout_s),
                 _time(plan.updates_s),
                 f"{update.mfu:.1%}" if update and update.cost else "-",
+                "-" if math.isnan(plan.update_s) else f"{plan.update_s:,.1f}",
                 "-" if math.isnan(plan.tokens_per_s) else f"{plan.tokens_per_s:,.0f}",
-                "-" if math.isnan(plan.run_hours) else f"{plan.run_hours:,.0f}",
             )
         )
     return _columns(lines)
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
-    """Those that fit first, then by the time of the loop; what could not be priced comes last."""
-    return sorted(plans, key=lambda p: (not p.fits, math.isnan(p.rollout_and_updates_s), p.rollout_and_updates_s))
+    """Those that fit first, then by the loop's time for an update; what could not be priced comes last."""
+    return sorted(plans, key=lambda p: (not p.fits, bool(p.failed), math.isnan(p.update_s), p.update_s))
 
 
 def text(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[str]) -> str:
@@ -115,12 +121,66 @@ def text(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[
         parts += [_layout(plan, topology), ""]
     if len(plans) > 1:
         parts += ["== comparison, best first ==", _comparison(rank(plans))]
+    for name, hours in schedule.together(plans).items():
+        parts.append(
+            f"{name}: the report's whole schedule, {sum(schedule.parts().values()):,} updates, {hours:,.0f} hours, "
+            f"{hours * topology.chips:,.0f} chip-hours"
+        )
     return "\n".join(parts).rstrip()
 
 
-def rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """Rows for JSON: layout, program, hbm_gb, fits, est_s, mfu, collective_gb, compile_s, and details behind them."""
-    out = []
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _loop(plan: Plan, topology: Topology, title: str, notes: Sequence[str], hours: float | None) -> dict[str, Any]:
+    """A layout's row of the whole loop: what was assumed, and what comes of it."""
+    moved: dict[str, float] = {}
+    for row in plan.rows:
+        for (kind, axes), size in (row.cost.moved if row.cost else {}).items():
+            moved[f"{kind} {axes}"] = moved.get(f"{kind} {axes}", 0.0) + row.calls * size / 1e9
+    return {
+        "layout": plan.layout,
+        "program": "loop",
+        "hbm_gb": max((row.hbm_total / 1e9 for row in plan.rows), default=None),
+        "fits": plan.fits,
+        "est_s": _known(plan.rollout_s + plan.updates_s),
+        "mfu": None,
+        "collective_gb": sum(moved.values()) if plan.rows else None,
+        "compile_s": sum(row.compile_s for row in plan.rows),
+        "collective_gb_by_kind": moved,
+        "rollout_s": _known(plan.rollout_s),
+        "score_and_updates_s": _known(plan.updates_s),
+        "update_s": _known(plan.update_s),
+        "updates": plan.updates,
+        "tokens_per_s": _known(plan.tokens_per_s),
+        "tokens_per_day": _known(plan.tokens_per_s * 86400),
+        "run_updates": plan.run_updates,
+        "run_hours": _known(plan.run_hours),
+        "chip_hours": _known(plan.run_hours * topology.chips),
+        "reported_schedule_chip_hours": None if hours is None else hours * topology.chips,
+        "failed": plan.failed,
+        "settings": plan.settings,
+        "about": {
+            "title": title,
+            "topology": topology.name,
+            "chips": topology.chips,
+            "devices": len(topology.devices),
+            "hbm_gb": topology.chip.hbm / 1e9,
+            "max_completion_tokens": plan.longest,
+            "completion_tokens": plan.load.completion_tokens if plan.load else None,
+            "prompt_tokens": plan.load.prompt_tokens if plan.load else None,
+            "notes": list(notes),
+        },
+    }
+
+
+def rows(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows for JSON: layout, program, hbm_gb, fits, est_s, mfu, collective_gb, compile_s, and details behind them.
+
+    After a layout's programs comes one of the loop, whose est_s is of a rollout and its updates, as far as planned.
+    """
+    out, whole = [], schedule.together(plans)
     for plan in plans:
         for row in plan.rows:
             cost = row.cost
@@ -140,16 +200,19 @@ def rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                     "collective_gb_by_kind": {f"{k} {a}": v / 1e9 for (k, a), v in cost.moved.items()} if cost else {},
                     "compute_s": cost.compute_s if cost else None,
                     "wire_s": cost.wire_s if cost else None,
+                    "wire_s_by_kind": {f"{k} {a}": v for (k, a), v in cost.wire.items()} if cost else {},
                     "kernel_s": cost.kernel_s if cost else None,
+                    "unpriced_kernels": cost.unpriced if cost else None,
                     "failed": row.failed,
                 }
             )
+        out.append(_loop(plan, topology, title, notes, whole.get(plan.layout)))
     return out
 
 
-def as_json(plans: Sequence[Plan]) -> str:
+def as_json(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[str]) -> str:
     """The rows as JSON; what is not known is null."""
-    return json.dumps(rows(plans), indent=1, allow_nan=False) + "\n"
+    return json.dumps(rows(title, plans, topology, notes), indent=1, allow_nan=False) + "\n"
 
 
 COLORS = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2", "#97bbf5", "#3ca951", "#9c6b4e", "#9498a0")

@@ -2,7 +2,9 @@
 
 Peaks, memory and links: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); bandwidths of links and of memory as
 "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) has them. Clocks are derived: the peak over what
-the matrix units do per cycle. `hbm` is what the compiler lets a program have.
+the matrix units do per cycle. `hbm` is what the compiler lets a program have. `dcn` is *reported* there: 50 Gb/s a chip
+for v5p, 100 for v6e (25.6 Tb/s a pod of 256) and tpu7x, 25 for v5e (6.4 Tb/s a pod); for v4, of which nothing is said,
+*our choice* is the least of them.
 """
 
 import dataclasses
@@ -38,17 +40,29 @@ class Chip:
     link: float
     dimensions: int
     wraps_at: int
-    dcn: float = 3.1e9
+    dcn: float
     per_chip: int = 1
 
 
+# What a host of a pod runs with: launch/env.sh sets the same, and a test holds the two together.
+FLAGS = (
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+    "xla_enable_async_all_gather",
+    "xla_tpu_enable_async_all_to_all",
+    "xla_tpu_enable_data_parallel_all_reduce_opt",
+    "xla_tpu_data_parallel_opt_different_sized_ops",
+)
+
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(275e12, 30.75 * GIB, 1.23e12, 1.05e9, 4.5e10, 3, 4),
-    "v5e": Chip(197e12, 15.75 * GIB, 8.1e11, 1.503e9, 4.5e10, 2, 16),
-    "v5p": Chip(459e12, 95e9, 2.76e12, 1.751e9, 9e10, 3, 4),
-    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 1.751e9, 9e10, 2, 16),
-    "tpu7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 2.2e9, 9e10, 3, 4, per_chip=2),
+    "v4": Chip(275e12, 30.75 * GIB, 1.23e12, 1.05e9, 4.5e10, 3, 4, 3.1e9),
+    "v5e": Chip(197e12, 15.75 * GIB, 8.1e11, 1.503e9, 4.5e10, 2, 16, 3.1e9),
+    "v5p": Chip(459e12, 95e9, 2.76e12, 1.751e9, 9e10, 3, 4, 6.25e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 1.751e9, 9e10, 2, 16, 12.5e9),
+    "tpu7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 2.2e9, 9e10, 3, 4, 6.25e9, per_chip=2),
 }
 
 
@@ -73,6 +87,11 @@ class Topology:
         # A three-dimensional torus has its switches at the faces of whole cubes of 4 x 4 x 4.
         whole = all(m % 4 == 0 for m in self.shape) if self.chip.dimensions == 3 else True
         return whole and n % self.chip.wraps_at == 0
+
+
+def options() -> tuple[tuple[str, str], ...]:
+    """Options of the compiler as a run has them; none where LIBTPU_INIT_ARGS is set, which libtpu reads by itself."""
+    return () if os.environ.get("LIBTPU_INIT_ARGS") else tuple((flag, "true") for flag in FLAGS)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...], int]:
