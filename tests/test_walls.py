@@ -44,6 +44,7 @@ ORDER = [
     "slots",
     "draw",
     "optim",
+    "layerwise",
     "conversations",
     "corpus",
     "benchmarks",
