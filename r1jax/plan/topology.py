@@ -1,8 +1,8 @@
 """Which TPUs there are, what a chip of each can do, and how a described slice of them is opened for the compiler.
 
 Peaks, memory and links: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); bandwidths of links and of memory as
-"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) has them. Clocks are derived: the peak over what
-the matrix units do per cycle. `hbm` is what the compiler lets a program have.
+"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) has them, and of PCIe too (for tpu7x our choice).
+Clocks are derived: the peak over what the matrix units do per cycle. `hbm` is what the compiler lets a program have.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ class Chip:
         dimensions: of the torus.
         wraps_at: a dimension of the slice closes to a ring if it is a multiple of this.
         dcn: bytes a second between slices, per device, one way.
+        pcie: bytes a second between the device and its host's memory, one way.
     """
 
     peak: float
@@ -39,6 +40,7 @@ class Chip:
     dimensions: int
     wraps_at: int
     dcn: float = 3.1e9
+    pcie: float = 1.5e10
     per_chip: int = 1
 
 
@@ -47,7 +49,7 @@ CHIPS = {
     "v4": Chip(275e12, 30.75 * GIB, 1.23e12, 1.05e9, 4.5e10, 3, 4),
     "v5e": Chip(197e12, 15.75 * GIB, 8.1e11, 1.503e9, 4.5e10, 2, 16),
     "v5p": Chip(459e12, 95e9, 2.76e12, 1.751e9, 9e10, 3, 4),
-    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 1.751e9, 9e10, 2, 16),
+    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 1.751e9, 9e10, 2, 16, pcie=3.2e10),
     "tpu7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 2.2e9, 9e10, 3, 4, per_chip=2),
 }
 
