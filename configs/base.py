@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
                 "length_schedule": ((8200, 65_536),),  # (from update, max_completion_tokens), reported
                 "temperature": 1.0,  # reported
                 "reference_every": 400,  # updates between replacements of the reference by the policy, reported
+                "reference_on": "device",  # between scorings: device, or host: its memory, fetched once a rollout
                 "dynamic_sampling": False,  # sample again for groups without a signal (DAPO, arXiv 2503.14476)
                 "dynamic_sampling_rounds": 3,  # at most, per rollout
                 "old_logp": "policy",  # the old policy's: "policy" scores them anew, "sampler" takes the sampler's
@@ -132,6 +133,8 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.0,
                 "grad_clip_norm": 1.0,
                 "moments_dtype": "float32",  # of the optimizer's moments between steps: float32, bfloat16
+                # Where moments lie between steps: device, or host: its memory, from which each step fetches them.
+                "moments_on": "device",
                 "non_finite_limit": 10,  # skipped steps in a row before the run stops
                 "router_bias_rate": 0.0,  # per step, against the experts' load
             },

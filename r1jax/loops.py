@@ -8,13 +8,14 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import evaluate, flops, grpo, hosts, metrics, minibatches, optim, updates
+from r1jax import evaluate, flops, grpo, hosts, metrics, minibatches, optim, sharding, updates
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import Mixture, PromptStream
 from r1jax.rollout import Group, Interrupted, as_array, majority_is_right, records
@@ -38,6 +39,7 @@ class RlConfig:
     length_schedule: tuple[tuple[int, int], ...]
     temperature: float
     reference_every: int
+    reference_on: str
     dynamic_sampling: bool
     dynamic_sampling_rounds: int
     router_replay: bool
@@ -60,6 +62,9 @@ class RlConfig:
             )
         if self.old_logp not in OLD_LOGP:
             raise ValueError(f"config.rl.old_logp is {self.old_logp!r}, wanted one of {', '.join(OLD_LOGP)}")
+        if self.reference_on not in sharding.MEMORIES:
+            wanted = ", ".join(sharding.MEMORIES)
+            raise ValueError(f"config.rl.reference_on is {self.reference_on!r}, wanted one of {wanted}")
         if self.temperature <= 0:
             raise ValueError(f"config.rl.temperature is {self.temperature}; a group needs samples that differ: above 0")
 
@@ -177,12 +182,15 @@ def rl_loop(
 ) -> Params:
     """Runs all rollouts of a stage from where its checkpoints stand, and returns the policy."""
     layout = run.layouts["train"]
-    state, like = moves.start(policy, layout, optimizer)
-    at, reference = Position(), policy.params if objective.kl_coef else None
+    state, like = moves.start(policy, layout, optimizer, optimizing.moments_on)
+    lies = jax.tree.map(lambda a: a.sharding, like["policy"])
+    kept = sharding.in_memory(lies, settings.reference_on, "rl.reference_on")
     # Donated arrays must not be shared with the reference.
-    reference = None if reference is None else jax.tree.map(jnp.copy, reference)
+    keep = partial(jax.device_put, device=kept, may_alias=False)
+    at, reference = Position(), keep(policy.params) if objective.kl_coef else None
     if (latest := saved.latest()) is not None:
-        tree = {**like, **({} if reference is None else {"reference": like["policy"]})}
+        shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like["policy"], kept)
+        tree = {**like, **({} if reference is None else {"reference": shapes})}
         tree, host = saved.restore(latest, tree)
         reference = tree.pop("reference", None)
         state, at = tree, Position(**host)
@@ -231,6 +239,8 @@ def rl_loop(
                 with clock("compile"):
                     compiling.result()
                 compiling = None
+            # From host memory once for the whole rollout; what lies on the devices already stays where it is.
+            scoring = None if reference is None else jax.device_put(reference, lies)
             batches = []
             lengths = [(len(g[0].prompt_tokens), [len(s.completion.tokens) for s in g]) for g in groups]
             work = [0.0] * len(parts)
@@ -245,7 +255,7 @@ def rl_loop(
                 batch = dict(unscored)
                 if reference is not None:
                     with clock("ref_logp"):
-                        batch["ref_logp"] = moves.score(reference, unscored, n)
+                        batch["ref_logp"] = moves.score(scoring, unscored, n)
                 if settings.old_logp == "sampler":
                     batch["old_logp"] = batch["sampler_logp"]
                 elif j:
@@ -258,6 +268,7 @@ def rl_loop(
                     with clock("values"):
                         batch = moves.prepare(state, batch, n)
                 batches.append((batch, n))
+            del scoring  # as the weights above
             for j, (batch, n) in enumerate(batches):
                 with clock("update"):
                     state, sums = moves.update(state, batch, n, j == 0)
@@ -270,7 +281,7 @@ def rl_loop(
                 scalars = {}
                 check_finite(state["optim"], optimizing.non_finite_limit)
                 if reference is not None and at.step % settings.reference_every == 0:
-                    reference = jax.tree.map(jnp.copy, state["policy"])
+                    reference = keep(state["policy"])
                 if at.step % shown["sample_every"] == 0:
                     s = groups[at.step // shown["sample_every"] % len(groups)][0]
                     progress.sample(at.step, s.prompt, s.text, s.graded.reward)

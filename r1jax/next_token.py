@@ -160,7 +160,7 @@ def train(
 
     return run_steps(
         run,
-        *training_state(policy, layout, optimizer),
+        *training_state(policy, layout, optimizer, settings.moments_on),
         partial(updates.make_sft_update(program, optimizer), frozen=policy.frozen),
         settings,
         rows._asdict(),

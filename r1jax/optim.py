@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 from optax.contrib import MuonDimensionNumbers, muon
 
+from r1jax import layerwise, sharding
 from r1jax.types import Params
 
 # share of the way from the end of the warm-up to decay_steps -> share of the way from learning_rate to its final share
@@ -45,6 +47,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     grad_clip_norm: float = 1.0
     moments_dtype: str = "float32"  # between steps
+    moments_on: str = "device"  # between steps, of sharding.MEMORIES
     non_finite_limit: int = 10  # skipped steps in a row before the run stops
 
     def __post_init__(self) -> None:
@@ -52,6 +55,7 @@ class OptimConfig:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("moments_dtype", ("float32", "bfloat16")),
+            ("moments_on", sharding.MEMORIES),
         ):
             if (value := getattr(self, key)) not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
@@ -131,12 +135,37 @@ def _muon_axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
 
-def make_optimizer(config: OptimConfig, params: Params) -> optax.GradientTransformation:
+def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm for what may be a part of the gradients: the norm of all of them is given."""
+
+    def update(grads: Params, state: Any, params: Params | None = None, *, norm: Array, **_: Any) -> tuple[Params, Any]:
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class Offloaded(NamedTuple):
+    """An optimizer whose moments lie in host memory between steps; `of` makes that of a part of the parameters."""
+
+    init: Callable[[Params], optax.OptState]
+    update: Callable[..., tuple[Params, optax.OptState]]
+    of: Callable[[Params], optax.GradientTransformation]
+
+
+Optimizer = optax.GradientTransformation | Offloaded
+
+
+def make_optimizer(config: OptimConfig, params: Params) -> Optimizer:
     """AdamW or Muon behind a clip by the global norm; `params` (arrays or shapes) only say which leaves there are.
 
     Weight decay touches matrices alone, not norms or biases, and with Muon only what Muon updates. `router_bias` gets
     no update at all.
     """
+    whole = _optimizer(config, params)
+    return whole if config.moments_on == "device" else Offloaded(whole.init, whole.update, partial(_optimizer, config))
+
+
+def _optimizer(config: OptimConfig, params: Params) -> optax.GradientTransformation:
     if config.optimizer == "muon":
         step = muon(
             schedule(config),
@@ -153,7 +182,7 @@ def make_optimizer(config: OptimConfig, params: Params) -> optax.GradientTransfo
             schedule(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=is_decayed
         )
     return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip_norm),
+        _clipped(config.grad_clip_norm),
         stored_as(step, config.moments_dtype),
         optax.masked(optax.set_to_zero(), _named(params, lambda name: name == "router_bias")),
     )
@@ -167,7 +196,7 @@ class OptimState(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
 
 
-def init(optimizer: optax.GradientTransformation, params: Params) -> OptimState:
+def init(optimizer: Optimizer, params: Params) -> OptimState:
     """The state before the first step; moments do not take the parameters' dtype."""
     moments = optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
     return OptimState(moments, skipped=jnp.zeros([], jnp.int32), skipped_in_a_row=jnp.zeros([], jnp.int32))
@@ -188,7 +217,7 @@ def state_like(state: OptimState, per_param: Any, scalar: Any) -> OptimState:
 
 
 def apply(
-    optimizer: optax.GradientTransformation, params: Params, state: OptimState, grads: Params, loss: Float[Array, ""]
+    optimizer: Optimizer, params: Params, state: OptimState, grads: Params, loss: Float[Array, ""]
 ) -> tuple[Params, OptimState, dict[str, Float[Array, ""]]]:
     """One optimizer step; when the loss or the gradient's norm is not finite, nothing changes but the counts of skips.
 
@@ -198,19 +227,31 @@ def apply(
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    updates, moments = optimizer.update(grads, state.moments, params)
 
     def if_finite(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
+    def step(
+        optimizer: optax.GradientTransformation, params: Params, before: optax.OptState, grads: Params
+    ) -> tuple[Params, optax.OptState]:
+        with_norm = optax.with_extra_args_support(optimizer)
+        updates, moments = with_norm.update(grads, before, params, norm=grad_norm)
+        return if_finite(optax.apply_updates(params, updates), params), if_finite(moments, before)
+
+    if isinstance(optimizer, Offloaded):
+        # A branch: moments come in when the gradient is there, and not while room is needed to compute it.
+        taken = partial(layerwise.update, step, optimizer.of)
+        params, moments = jax.lax.cond(is_finite, taken, lambda p, m, _: (p, m), params, state.moments, grads)
+    else:
+        params, moments = step(optimizer, params, state.moments, grads)
     skipped = jnp.where(is_finite, 0, 1)
     state = OptimState(
-        moments=if_finite(moments, state.moments),
+        moments=moments,
         skipped=state.skipped + skipped,
         skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
     )
     metrics = {"optim/grad_norm": grad_norm, "optim/skipped": skipped.astype(jnp.float32)}
-    return if_finite(optax.apply_updates(params, updates), params), state, metrics
+    return params, state, metrics
 
 
 def check_non_finite(skipped_in_a_row: int, limit: int) -> None:

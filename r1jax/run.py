@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import optax
 
 from r1jax import checkpoint, data, hosts, metrics, optim, overlap, sharding, sources, updates
 from r1jax.draw import DrawConfig
@@ -107,22 +106,22 @@ def random_params(config: ModelConfig, layout: sharding.Layout, seed: int) -> Pa
     return make(jax.random.key(seed))
 
 
-def state_like(policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation) -> updates.State:
-    """The training state as shapes with shardings, without making any."""
+def state_like(policy: Policy, layout: sharding.Layout, optimizer: optim.Optimizer, moments_on: str) -> updates.State:
+    """The training state as shapes with shardings, without making any; `moments_on` is config.optim.moments_on."""
     scalar = layout.sharding()
     lies = param_shardings(policy.config, layout)
     if policy.lora is not None:  # small, so that every device holds them
         lies = jax.tree.map(lambda _: scalar, policy.params)
-    lies = updates.state_shardings(lies, optimizer, policy.params, scalar)
+    lies = updates.state_shardings(lies, optimizer, policy.params, scalar, moments_on)
     shapes = jax.eval_shape(partial(updates.init_state, optimizer=optimizer), policy.params)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
 
 
 def training_state(
-    policy: Policy, layout: sharding.Layout, optimizer: optax.GradientTransformation
+    policy: Policy, layout: sharding.Layout, optimizer: optim.Optimizer, moments_on: str
 ) -> tuple[updates.State, updates.State]:
     """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
-    like = state_like(policy, layout, optimizer)
+    like = state_like(policy, layout, optimizer, moments_on)
     lies = jax.tree.map(lambda a: a.sharding, like)
     return jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params), like
 

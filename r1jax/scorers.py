@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import safetensors.numpy
 from absl import logging
 
@@ -67,13 +66,13 @@ def head_program(config: Config, policy: Policy, layout: sharding.Layout) -> upd
 
 def with_head(
     policy: Policy, layout: sharding.Layout, settings: optim.OptimConfig
-) -> tuple[optax.GradientTransformation, updates.State, updates.State]:
+) -> tuple[optim.Optimizer, updates.State, updates.State]:
     """The optimizer and state before the first step of the policy's weights with a head of zeros, and its shapes."""
     lies = {"trunk": param_shardings(policy.config, layout), "score": layout.sharding()}
     # A copy: the state is donated, and the policy lives on.
     params = {"trunk": jax.tree.map(jnp.copy, policy.params), "score": jnp.zeros(policy.config.hidden_size)}
     optimizer = optim.make_optimizer(settings, params)
-    lies = updates.state_shardings(lies, optimizer, params, layout.sharding())
+    lies = updates.state_shardings(lies, optimizer, params, layout.sharding(), settings.moments_on)
     state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(params)
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
     return optimizer, state, like

@@ -200,6 +200,30 @@ def check_divides(axes: Params, shapes: Params, layout: Layout) -> None:
     jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda a: isinstance(a, tuple))
 
 
+# Where arrays lie between their uses, by the config's name of it: the device's own memory, or that of its host from
+# which the device itself reads.
+MEMORIES = {"device": None, "host": "pinned_host"}
+
+
+def in_memory(shardings: Params, memory: str, key: str) -> Params:
+    """The same shardings in one of MEMORIES, which `key` of the config names.
+
+    Raises:
+        ValueError: these devices have no such memory.
+    """
+    if (kind := MEMORIES[memory]) is None:
+        return shardings
+    try:
+        return jax.tree.map(lambda s: s.with_memory_kind(kind), shardings)
+    except ValueError as error:  # jax lists the memories that there are
+        raise ValueError(f"config.{key} is {memory!r}, which these devices do not have: {error}") from error
+
+
+def memory(sharding: jax.sharding.Sharding) -> str:
+    """Which of MEMORIES it names."""
+    return "host" if sharding.memory_kind == MEMORIES["host"] else "device"
+
+
 def reshard(tree: Params, shardings: Params) -> Params:
     """The same values laid out anew, device to device."""
     return jax.device_put(tree, shardings)

@@ -57,15 +57,22 @@ def weights_of(config: ModelConfig, lora: Lora | None, params: Params, frozen: P
     return cast(params if lora is None else merge(frozen, params, config, lora), dtype)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> State:
+def init_state(params: Params, optimizer: optim.Optimizer) -> State:
     """The training state before the first step."""
     return {"policy": params, "optim": optim.init(optimizer, params)}
 
 
-def state_shardings(shardings: Params, optimizer: optax.GradientTransformation, params: Params, scalar: Any) -> State:
-    """Shardings of a training state: moments lie as their parameters do."""
+def state_shardings(
+    shardings: Params, optimizer: optim.Optimizer, params: Params, scalar: Any, moments_on: str
+) -> State:
+    """Shardings of a training state: moments lie as their parameters do, in the memory that optim.moments_on names.
+
+    Raises:
+        ValueError: these devices have no such memory.
+    """
     like = jax.eval_shape(partial(optim.init, optimizer), params)
-    return {"policy": shardings, "optim": optim.state_like(like, shardings, scalar)}
+    moments = sharding.in_memory(shardings, moments_on, "optim.moments_on")
+    return {"policy": shardings, "optim": optim.state_like(like, moments, scalar)}
 
 
 def _weights(program: Program, params: Params, frozen: Params | None) -> Params:
@@ -134,7 +141,7 @@ def _accumulate(
 
 
 def _step(
-    program: Program, optimizer: optax.GradientTransformation, gradient: Callable, state: State, batch: Batch, n: Array
+    program: Program, optimizer: optim.Optimizer, gradient: Callable, state: State, batch: Batch, n: Array
 ) -> tuple[State, dict[str, Array]]:
     loss, record, grads = _accumulate(gradient, state["policy"], _rows(program.layout, batch), n)
     policy, opt, metrics = optim.apply(optimizer, state["policy"], state["optim"], grads, loss)
@@ -158,7 +165,7 @@ def _with_load(record: dict[str, Array], load: Array | None) -> dict[str, Array]
 
 
 def make_rl_update(
-    program: Program, settings: grpo.GrpoConfig, optimizer: optax.GradientTransformation, row_sequences: int
+    program: Program, settings: grpo.GrpoConfig, optimizer: optim.Optimizer, row_sequences: int
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """One GRPO step: (state, minibatch, n, is_on_policy, frozen) to (state, sums for grpo.finish_metrics).
 
@@ -214,9 +221,7 @@ def _following(micro: Batch) -> Batch:
     return {"targets": ahead["targets"], "counted": inside & ahead["is_completion"]}
 
 
-def make_sft_update(
-    program: Program, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[State, dict[str, Array]]]:
+def make_sft_update(program: Program, optimizer: optim.Optimizer) -> Callable[..., tuple[State, dict[str, Array]]]:
     """One next-token step over the targets where `is_completion` is true, and multi-token prediction if it can.
 
     Sums returned: tokens, nll, entropy and, with multi-token prediction, mtp_nll over mtp_tokens.
@@ -290,7 +295,7 @@ REWARD_LOSSES = {"pairwise": _pairwise, "pointwise": _pointwise}
 
 
 def make_reward_update(
-    program: Program, optimizer: optax.GradientTransformation, loss: str
+    program: Program, optimizer: optim.Optimizer, loss: str
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """One step of a reward model: {"trunk": the policy's parameters, "score": its scalar head [D]}.
 
@@ -332,7 +337,7 @@ def make_reward_score(program: Program) -> Callable[[Params, Batch], Array]:
 
 
 def make_value_update(
-    program: Program, optimizer: optax.GradientTransformation, loss: Callable[[Array, Batch], Array]
+    program: Program, optimizer: optim.Optimizer, loss: Callable[[Array, Batch], Array]
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """One step of a model that values positions: {"trunk": the policy's parameters, "score": its scalar head [D]}.
 

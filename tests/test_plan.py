@@ -299,7 +299,7 @@ def a_row(**changed) -> account.Row:
     cost = estimate.Cost(seconds=2.0, compute_s=1.0, unpriced=1, **wires)
     fields = {
         "layout": "fsdp4", "program": "update", "calls": 16.0, "trips": 1, "tokens": 1.0, "flops": 1e12, "fits": True,
-        "compile_s": 2.0, "hbm": {"parameters": 2e9, "activations": 3e9}, "cost": cost, "mfu": 0.4,
+        "compile_s": 2.0, "hbm": {"parameters": 2e9, "activations": 3e9}, "host": {}, "cost": cost, "mfu": 0.4,
     }  # fmt: skip
     return account.Row(**{**fields, **changed})
 

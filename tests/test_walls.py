@@ -47,6 +47,7 @@ ORDER = [
     "slots",
     "draw",
     "optim",
+    "layerwise",
     "conversations",
     "corpus",
     "benchmarks",

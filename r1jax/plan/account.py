@@ -11,7 +11,7 @@ import jax
 
 from r1jax import hosts
 from r1jax.plan import estimate
-from r1jax.plan.programs import Load, Loop, Program, device_bytes
+from r1jax.plan.programs import Load, Loop, Program, device_bytes, host_bytes
 from r1jax.plan.topology import Topology
 
 # What shrinks each kind of memory, by the key of the config.
@@ -27,6 +27,8 @@ REMEDIES = {
     "activations": "lower rl.microbatch_rows, model.remat=full, larger mesh.context or .tensor; in sampling, fewer "
     "sampler.prefill_prompts or sampler.slots",
 }
+# What may lie in host memory instead.
+TO_HOST = {"optimizer": "optim.moments_on=host", "reference": "rl.reference_on=host"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Row:
 
     Attributes:
         hbm: bytes on a device by kind at its peak, with what lies beside it.
+        host: bytes that a device has in its host's memory, by kind.
         failed: what the compiler said instead, if it did not take the program, or why there is no estimate.
         flops: of the model in one call, over all devices.
     """
@@ -55,6 +58,7 @@ class Row:
     flops: float
     compile_s: float
     hbm: dict[str, float]
+    host: dict[str, float]
     fits: bool
     cost: estimate.Cost | None
     mfu: float
@@ -109,14 +113,23 @@ class Plan:
         return (self.rollout_s + self.updates_s) / self.updates
 
 
+def _on_host(program: Program) -> dict[str, float]:
+    """Bytes that a device has in its host's memory, by kind."""
+    trees = (*program.takes.items(), *program.beside.items())
+    return {kind: size for kind, tree in trees if (size := host_bytes(tree))}
+
+
 def _kinds(program: Program, compiled: Any) -> dict[str, float]:
     """Bytes on a device by kind, at the program's peak."""
     spent = compiled.memory_analysis()
+    # The compiler's peak has what lies in host memory in it.
+    beyond = spent.host_argument_size_in_bytes + spent.host_output_size_in_bytes - spent.host_alias_size_in_bytes
+    peak = spent.peak_memory_in_bytes - beyond - spent.host_temp_size_in_bytes
     out: dict[str, float] = {}
     for kind, tree in (*program.takes.items(), *program.beside.items(), *program.gives.items()):
         out[kind] = out.get(kind, 0.0) + device_bytes(tree)
     takes, gives = (sum(device_bytes(t) for t in trees.values()) for trees in (program.takes, program.gives))
-    out["activations"] = max(spent.peak_memory_in_bytes - takes - gives, 0.0)
+    out["activations"] = max(peak - takes - gives, 0.0)
     return out
 
 
@@ -141,6 +154,7 @@ def make_row(
         "trips": program.trips,
         "tokens": program.tokens,
         "flops": program.flops,
+        "host": _on_host(program),
     }
     try:
         done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
@@ -171,6 +185,9 @@ def _priced(
         cost = estimate.cost(text, topology, mesh, program.trips, program.shares)
     except Exception as error:  # the text is no interface
         return None, 0.0, f"no estimate: {type(error).__name__} {_first_line(error)}"
+    # Which of it the schedule would hide is not known: here, none.
+    cost.host_s = program.hauled / topology.chip.pcie
+    cost.seconds += cost.host_s
     mfu = program.flops / (cost.seconds * topology.chip.peak * mesh.size) if cost.seconds else 0.0
     if mfu >= 1:
         return None, 0.0, f"no estimate: it came to {mfu:.0%} of the peak, so it is wrong"
@@ -225,9 +242,14 @@ def remedy(row: Row, hbm: float) -> str:
     if row.failed and row.hbm_total <= hbm:
         return f"{row.layout}: {row.program} does not compile: {row.failed}"
     largest = sorted(row.hbm, key=row.hbm.get, reverse=True)[:2]
+    movable = [
+        f"{kind} {row.hbm[kind] / 1e9:.1f} GB ({key})"
+        for kind, key in TO_HOST.items()
+        if row.hbm.get(kind) and kind not in row.host
+    ]
     over = (row.hbm_total - hbm) / 1e9
     parts = "; ".join(f"{kind} {row.hbm[kind] / 1e9:.1f} GB: {REMEDIES[kind]}" for kind in largest)
     return (
         f"{row.layout}: {row.program} needs {row.hbm_total / 1e9:.1f} GB a device, {over:.1f} GB more than the "
-        f"{hbm / 1e9:.1f} GB there are. {parts}"
+        f"{hbm / 1e9:.1f} GB there are. {parts}{'; to host memory could go: ' if movable else ''}{', '.join(movable)}"
     )

@@ -65,6 +65,7 @@ class Cost:
         compute_s, wire_s, kernel_s: each on its own.
         moved: bytes by kind of collective and mesh axes.
         wire: seconds likewise.
+        host_s: of what moves between the device and its host's memory, in `seconds` as if nothing ran beside it.
         unpriced: kernels without an estimate, left out.
         open_loops: loops of unknown length, taken once.
     """
@@ -73,6 +74,7 @@ class Cost:
     compute_s: float = 0.0
     wire_s: float = 0.0
     kernel_s: float = 0.0
+    host_s: float = 0.0
     moved: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     wire: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     unpriced: int = 0

@@ -38,6 +38,7 @@ class Program:
         gives: of what it computes, what has a kind of its own.
         tokens: it reads or writes in one call.
         shares: see estimate.cost.
+        hauled: bytes that one call has moved between a device and its host's memory, which the compiler does not time.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Program:
     beside: dict[str, Tree]
     gives: dict[str, Tree] = dataclasses.field(default_factory=dict)
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    hauled: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +79,19 @@ class Loop:
     longest: int  # completion, in tokens
 
 
+def _bytes(tree: Tree, memory: str) -> float:
+    leaves = (a for a in jax.tree.leaves(tree) if sharding.memory(a.sharding) == memory)
+    return float(sum(np.prod(a.sharding.shard_shape(a.shape), dtype=float) * a.dtype.itemsize for a in leaves))
+
+
 def device_bytes(tree: Tree) -> float:
     """Bytes of a tree on one device."""
-    leaves = jax.tree.leaves(tree)
-    return float(sum(np.prod(a.sharding.shard_shape(a.shape), dtype=float) * a.dtype.itemsize for a in leaves))
+    return _bytes(tree, "device")
+
+
+def host_bytes(tree: Tree) -> float:
+    """Bytes of a tree that one device has in its host's memory."""
+    return _bytes(tree, "host")
 
 
 def _put(tree: Tree, lies: Any) -> Tree:
@@ -119,13 +130,15 @@ def loop(config: Any, model: ModelConfig, layouts: dict[str, sharding.Layout], l
     """
     policy = abstract_policy(config, model, layouts["train"])
     made = reinforce.programs(config, policy, layouts)
-    state = run.state_like(policy, layouts["train"], made.optimizer)
+    settings = made.settings
+    state = run.state_like(policy, layouts["train"], made.optimizer, made.optimizing.moments_on)
     always = {"parameters": state["policy"], "optimizer": state["optim"]}
     if made.objective.kl_coef:
-        always["reference"] = state["policy"]
+        lies = jax.tree.map(lambda a: a.sharding, state["policy"])
+        kept = sharding.in_memory(lies, settings.reference_on, "rl.reference_on")
+        always["reference"] = _put(state["policy"], kept)
     if policy.frozen is not None:
         always["frozen"] = policy.frozen
-    settings = made.settings
     return Loop(
         (
             *_rollout(config, policy, made, layouts["decode"], always, load),
@@ -304,17 +317,20 @@ def _training(
     programs = []
     if scored:
         kept = "reference" if "reference" in always else "parameters"
+        # A reference in host memory stays there as well, and comes once for all that is scored.
+        away = {"reference": always["reference"]} if host_bytes(always.get("reference")) else {}
         programs.append(
             Program(
                 "score",
-                lambda done: score(always[kept]),
+                lambda done: score(state["policy"]),
                 calls=scored,
                 trips=trips,
                 flops=work,
                 tokens=read,
                 shares=shares,
-                takes={kept: always[kept], **frozen, "batch": unscored},
-                beside=beside(kept, "frozen"),
+                takes={kept: state["policy"], **frozen, "batch": unscored},
+                beside=beside(kept, "frozen") | away,
+                hauled=host_bytes(away) / scored,
             )
         )
     programs.append(
@@ -329,6 +345,7 @@ def _training(
             takes={"parameters": state["policy"], "optimizer": state["optim"], **frozen, "batch": batch},
             beside=beside("parameters", "optimizer", "frozen"),
             gives={"gradients": jax.tree.map(_float32, state["policy"])},
+            hauled=2 * host_bytes(state["optim"]),  # there and back
         )
     )
     return programs

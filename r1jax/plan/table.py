@@ -53,6 +53,13 @@ def _layout(plan: Plan, topology: Topology) -> str:
     kinds = [kind for kind in KINDS if any(row.hbm.get(kind) for row in plan.rows)]
     memory = [("GB a device", *kinds)]
     memory += [(row.program, *(_gb(row.hbm.get(kind, 0.0)) for kind in kinds)) for row in plan.rows]
+    away = [kind for kind in KINDS if any(row.host.get(kind) for row in plan.rows)]
+    held = [("GB a device in host memory", *away, "moved in a call, estimated")]
+    held += [
+        (row.program, *(_gb(row.host.get(kind, 0.0)) for kind in away), _time(row.cost.host_s) if row.cost else "-")
+        for row in plan.rows
+        if row.host
+    ]
     moved = [("GB a device and call", "collective", "mesh axes", "bytes", "time")]
     for row in plan.rows:
         found = sorted(row.cost.moved.items(), key=lambda item: -row.cost.wire[item[0]]) if row.cost else []
@@ -61,6 +68,8 @@ def _layout(plan: Plan, topology: Topology) -> str:
                 moved.append((row.program, kind, axes or "-", f"{size / 1e9:.3g} GB", _time(row.cost.wire[kind, axes])))
     named = f"== {plan.layout} ==" + (f" with {plan.settings}" if plan.settings else "")
     parts = [named, _columns(lines), "", _columns(memory)]
+    if len(held) > 1:
+        parts += ["", _columns(held)]
     if len(moved) > 1:
         parts += ["", _columns(moved)]
     for row in plan.rows:
@@ -197,10 +206,12 @@ def rows(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[
                     "calls": row.calls,
                     "flops": row.flops,
                     "hbm_gb_by_kind": {kind: size / 1e9 for kind, size in row.hbm.items()},
+                    "host_gb_by_kind": {kind: size / 1e9 for kind, size in row.host.items()},
                     "collective_gb_by_kind": {f"{k} {a}": v / 1e9 for (k, a), v in cost.moved.items()} if cost else {},
                     "compute_s": cost.compute_s if cost else None,
                     "wire_s": cost.wire_s if cost else None,
                     "wire_s_by_kind": {f"{k} {a}": v for (k, a), v in cost.wire.items()} if cost else {},
+                    "host_s": cost.host_s if cost else None,
                     "kernel_s": cost.kernel_s if cost else None,
                     "unpriced_kernels": cost.unpriced if cost else None,
                     "failed": row.failed,

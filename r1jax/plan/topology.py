@@ -1,10 +1,10 @@
 """Which TPUs there are, what a chip of each can do, and how a described slice of them is opened for the compiler.
 
 Peaks, memory and links: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); bandwidths of links and of memory as
-"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) has them. Clocks are derived: the peak over what
-the matrix units do per cycle. `hbm` is what the compiler lets a program have. `dcn` is *reported* there: 50 Gb/s a chip
-for v5p, 100 for v6e (25.6 Tb/s a pod of 256) and tpu7x, 25 for v5e (6.4 Tb/s a pod); for v4, of which nothing is said,
-*our choice* is the least of them.
+"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) has them, and of PCIe too (for tpu7x our choice).
+Clocks are derived: the peak over what the matrix units do per cycle. `hbm` is what the compiler lets a program have.
+`dcn` is *reported* there: 50 Gb/s a chip for v5p, 100 for v6e (25.6 Tb/s a pod of 256) and tpu7x, 25 for v5e (6.4 Tb/s
+a pod); for v4, of which nothing is said, *our choice* is the least of them.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ class Chip:
         dimensions: of the torus.
         wraps_at: a dimension of the slice closes to a ring if it is a multiple of this.
         dcn: bytes a second between slices, per device, one way.
+        pcie: bytes a second between the device and its host's memory, one way.
     """
 
     peak: float
@@ -41,6 +42,7 @@ class Chip:
     dimensions: int
     wraps_at: int
     dcn: float
+    pcie: float = 1.5e10
     per_chip: int = 1
 
 
@@ -61,7 +63,7 @@ CHIPS = {
     "v4": Chip(275e12, 30.75 * GIB, 1.23e12, 1.05e9, 4.5e10, 3, 4, 3.1e9),
     "v5e": Chip(197e12, 15.75 * GIB, 8.1e11, 1.503e9, 4.5e10, 2, 16, 3.1e9),
     "v5p": Chip(459e12, 95e9, 2.76e12, 1.751e9, 9e10, 3, 4, 6.25e9),
-    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 1.751e9, 9e10, 2, 16, 12.5e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 1.751e9, 9e10, 2, 16, 12.5e9, pcie=3.2e10),
     "tpu7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 2.2e9, 9e10, 3, 4, 6.25e9, per_chip=2),
 }
 

@@ -54,8 +54,10 @@ def with_value_model(config: Config, policy: Policy, run: Run) -> Callable[[Prog
         improve = updates.make_rl_update(acting, objective, made.optimizer, made.shape.row_tokens + 1)
         complete = jax.jit(partial(estimates, kl_coef=kl_coef, settings=settings))
 
-        def start(policy: Policy, layout: object, policy_optimizer: object) -> tuple[updates.State, updates.State]:
-            state, like = training_state(policy, layout, policy_optimizer)
+        def start(
+            policy: Policy, layout: object, policy_optimizer: object, moments_on: str
+        ) -> tuple[updates.State, updates.State]:
+            state, like = training_state(policy, layout, policy_optimizer, moments_on)
             hosts.say(
                 f"{run.stage}: parameters and moments take {megabytes(state):.1f} MB of the policy and "
                 f"{megabytes(value_state):.1f} MB of the value model"

@@ -114,7 +114,7 @@ class Bench:
         policy = run.Policy(MODEL, params, types.SimpleNamespace(eos_ids=frozenset()), None)
         self.reference = jax.tree.map(jnp.copy, params)
         self.made = reinforce.programs(settings(row_tokens, rows, n_slots), policy, lays)
-        self.state, like = run.training_state(policy, self.layout, self.made.optimizer)
+        self.state, like = run.training_state(policy, self.layout, self.made.optimizer, "device")
         # As in a run: what follows the first rollout is compiled beside it.
         compiler = futures.ThreadPoolExecutor(1)
         self.compiling = compiler.submit(reinforce.compile_training, self.made, policy, self.layout, like)
