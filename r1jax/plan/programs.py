@@ -163,8 +163,10 @@ def _rollout(
     def like(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
 
-    to_decode = made.to_decode
-    weights = _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout))
+    def laid_out(to_decode: Callable, kind: str) -> Tree:
+        return _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout, kind))
+
+    to_decode, weights = made.to_decode, laid_out(made.to_decode, sizes.weights)
     prompt, length = like((n_rows, prompt_length), jnp.int32), like((n_rows,), jnp.int32)
     columns = [like((n_slots,), jnp.int32)] * 4
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -223,11 +225,12 @@ def _rollout(
                 gives={"cache": slots[lengths[-1]]},
             )
         )
-    programs.append(
-        Program(
-            "generate",
+
+    def generate(name: str, weights: Tree, calls: float) -> Program:
+        return Program(
+            name,
             lambda done: verbs.generate.lower(weights, slots[lengths[-1]], like((n_slots,), bool), scalar, scalar),
-            calls=steps / sizes.tokens_per_dispatch,
+            calls=calls,
             trips=sizes.tokens_per_dispatch,
             flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, lengths[-1]),
             tokens=n_slots * sizes.tokens_per_dispatch,
@@ -235,7 +238,11 @@ def _rollout(
             beside=always,
             shares=_grouped(made, layout),
         )
-    )
+
+    programs.append(generate("generate", weights, steps / sizes.tokens_per_dispatch))
+    if sizes.weights and config.eval.problems:
+        # No part of a rollout, but it has to fit: evaluation does not quantize.
+        programs.append(generate("evaluate", laid_out(made.to_measure, ""), 0))
     return programs
 
 
