@@ -16,6 +16,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "on_policy": {"rl.minibatches": 1},
     "no_replay": {"rl.router_replay": False},
     "no_sharing": {"rl.share_prompt": False},
+    "int8_rollouts": {"sampler.weights": "int8", "rl.old_logp": "policy"},
+    "fp8_rollouts": {"sampler.weights": "fp8", "rl.old_logp": "policy"},
     "dynamic_sampling": {"rl.dynamic_sampling": True},
     # What a plan shows, and no curve.
     "gather": {"model.expert_exchange": "gather"},

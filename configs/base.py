@@ -87,6 +87,9 @@ def get_config() -> ConfigDict:
                 "prefill_prompts": 32,  # prompts read at once
                 "refill_share": 0.125,  # share of free slots at which they are filled again
                 "attention": "auto",  # over the cache: plain, kernel (TPU, latent attention); auto: as the device has
+                # Of large matrices while rollouts of RL are sampled: int8, fp8 (e4m3), which needs grpo.importance_cap
+                # and rl.old_logp=policy; empty: the compute dtype, in which evaluation and curation always sample.
+                "weights": "",
             },
             "rl": {
                 "updates": 10_400,  # reported

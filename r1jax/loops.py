@@ -101,6 +101,7 @@ class Moves:
     """What the loop calls; made once by the stage.
 
     Attributes:
+        to_decode, to_measure: weights in the decode layout, for rollouts and for `evaluate`.
         start: the state before the first step and its shapes, as run.training_state.
         advantages: graded groups to what is trained on, as minibatches.with_advantages.
         compile: compiles what follows the first rollout, given the state's shapes; called from a thread meanwhile.
@@ -112,6 +113,7 @@ class Moves:
     update: Callable
     score: Callable
     to_decode: Callable[[Params], Params]
+    to_measure: Callable[[Params], Params]
     start: Callable = training_state
     advantages: Callable = minibatches.with_advantages
     prepare: Callable[[updates.State, updates.Batch, int], updates.Batch] | None = None
@@ -215,7 +217,7 @@ def rl_loop(
     try:
         while True:
             if is_evaluated(at.step):
-                moves.evaluate(moves.to_decode(state["policy"]), at.step)
+                moves.evaluate(moves.to_measure(state["policy"]), at.step)
             if at.step >= settings.updates:
                 break
             limit = settings.limit(at.step)

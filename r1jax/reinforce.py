@@ -56,7 +56,7 @@ class Programs:
 
     Attributes:
         shape: of a minibatch.
-        update, score, to_decode: as in loops.Moves.
+        update, score, to_decode, to_measure: as in loops.Moves.
     """
 
     settings: loops.RlConfig
@@ -67,6 +67,7 @@ class Programs:
     update: Callable
     score: Callable
     to_decode: Callable
+    to_measure: Callable
     verbs: Verbs
 
 
@@ -80,6 +81,9 @@ def programs(config: Config, policy: Policy, layouts: dict[str, sharding.Layout]
     settings = loops.RlConfig(**{**rl, "length_schedule": tuple(map(tuple, rl["length_schedule"]))})
     objective, optimizing = grpo.GrpoConfig(**config["grpo"]), optim_config(config, settings.updates)
     train, decode = layouts["train"], layouts["decode"]
+    kind, dtype = config["sampler"]["weights"], config["model"]["compute_dtype"]
+    _check_correction(kind, settings, objective)
+    measured = decode_layout(policy, decode, dtype)
     longest = settings.longest + max_prompt_tokens
     check_lengths(policy, max_prompt_tokens, settings.longest, settings.row_tokens)
     program = training_program(config, policy, train, temperature=settings.temperature)
@@ -99,9 +103,26 @@ def programs(config: Config, policy: Policy, layouts: dict[str, sharding.Layout]
         ),
         update=partial(updates.make_rl_update(program, objective, optimizer, row_tokens + 1), frozen=policy.frozen),
         score=partial(updates.make_score(program), frozen=policy.frozen),
-        to_decode=decode_layout(policy, decode, config["model"]["compute_dtype"]),
+        to_decode=decode_layout(policy, decode, dtype, kind) if kind else measured,
+        to_measure=measured,
         verbs=make_verbs(config, policy, decode, draw.DrawConfig(temperature=settings.temperature)),
     )
+
+
+def _check_correction(kind: str, settings: loops.RlConfig, objective: grpo.GrpoConfig) -> None:
+    """Raises ValueError where completions come from a quantized policy and nothing weighs them for the one trained."""
+    if not kind:
+        return
+    quantized = f"config.sampler.weights is {kind!r}, so that completions are drawn from another policy than is trained"
+    if objective.importance_cap is None:
+        raise ValueError(f"{quantized}; set config.grpo.importance_cap, which is None, to correct for it")
+    if settings.old_logp == "sampler" and settings.minibatches > 1:
+        # Then the old policy's log-probabilities are the sampler's: all importance weights are 1, and the ratio is
+        # clipped around the quantized policy, in every update of a rollout but the first.
+        raise ValueError(
+            f"{quantized}; set config.rl.old_logp to 'policy': with 'sampler' config.grpo.importance_cap corrects the "
+            "first update of a rollout alone"
+        )
 
 
 def minibatch_like(made: Programs, model: ModelConfig, layout: sharding.Layout) -> dict[str, jax.ShapeDtypeStruct]:
@@ -180,7 +201,7 @@ def reinforce(
                 watch(weights, step, settings.limit(step))
 
         moves = loops.Moves(
-            sample, evaluate, made.update, made.score, made.to_decode,
+            sample, evaluate, made.update, made.score, made.to_decode, made.to_measure,
             compile=partial(compile_training, made, policy, run.layouts["train"]),
         )  # fmt: skip
         moves = adapt(made, moves)

@@ -14,7 +14,7 @@ import jax
 from r1jax import checkpoint, data, hosts, metrics, optim, overlap, sharding, sources, updates
 from r1jax.draw import DrawConfig
 from r1jax.folders import Folder
-from r1jax.model import convert, lora, transformer
+from r1jax.model import convert, lora, quantize, transformer
 from r1jax.model.config import ModelConfig, Paths, Rope
 from r1jax.model.lora import Lora
 from r1jax.rewards.pool import RewardPool
@@ -93,11 +93,15 @@ def adapting(config: ModelConfig, fields: Mapping[str, Any]) -> Lora | None:
     return out
 
 
-def param_shardings(config: ModelConfig, layout: sharding.Layout) -> Params:
-    """Where each weight lies in a phase; raises ValueError where a dimension does not divide (config.mesh.*)."""
+def param_shardings(config: ModelConfig, layout: sharding.Layout, kind: str = "") -> Params:
+    """Where each weight lies in a phase; raises ValueError where a dimension does not divide (config.mesh.*).
+
+    Args:
+        kind: as for `decode_layout`.
+    """
     axes = transformer.logical_axes(config)
     sharding.check_divides(axes, transformer.shapes(config), layout)
-    return sharding.tree_shardings(axes, layout)
+    return sharding.tree_shardings(quantize.logical_axes(axes) if kind else axes, layout)
 
 
 def random_params(config: ModelConfig, layout: sharding.Layout, seed: int) -> Params:
@@ -126,12 +130,17 @@ def training_state(
     return jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params), like
 
 
-def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
-    """A function that lays weights out for decoding, in the compute dtype, from device to device."""
-    lies = param_shardings(policy.config, layout)
+def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str, kind: str = "") -> Callable[[Params], Params]:
+    """A function that lays weights out for decoding, in the compute dtype, from device to device.
+
+    Args:
+        kind: of quantize.KINDS, for the large matrices. Only rollouts are sampled from such a policy, since training
+            corrects for it: whatever measures the policy or writes by it takes it as it is.
+    """
+    lies = param_shardings(policy.config, layout, kind)
 
     def weights(params: Params, frozen: Params | None) -> Params:
-        return updates.weights_of(policy.config, policy.lora, params, frozen, dtype)
+        return updates.weights_of(policy.config, policy.lora, params, frozen, dtype, kind)
 
     return partial(jax.jit(weights, out_shardings=lies), frozen=policy.frozen)
 

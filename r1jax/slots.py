@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from r1jax import sharding
 from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
-from r1jax.model import mla, transformer
+from r1jax.model import mla, quantize, transformer
 from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.layers import pad_last
 from r1jax.types import Params
@@ -22,7 +22,7 @@ from r1jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Sizes of the sampler; none of them changes what is drawn."""
+    """Sizes of the sampler and ways to compute; none of them but `weights` changes what is drawn."""
 
     slots: int = 512
     tokens_per_dispatch: int = 64
@@ -30,6 +30,7 @@ class SamplerConfig:
     prefill_prompts: int = 32  # prompts computed at once
     refill_share: float = 0.125  # share of free slots at which generate comes back to be refilled
     attention: str = "auto"  # how the cache is read: plain, kernel (TPU; latent attention), auto: what the device has
+    weights: str = ""  # of large matrices in rollouts, a key of quantize.KINDS; empty: the compute dtype
 
     def __post_init__(self) -> None:
         for key in ("slots", "tokens_per_dispatch", "cache_bucket", "prefill_prompts"):
@@ -37,6 +38,11 @@ class SamplerConfig:
                 raise ValueError(f"config.sampler.{key} is {getattr(self, key)}, wanted 1 or more")
         if self.attention not in ("auto", *mla.READ):
             raise ValueError(f"config.sampler.attention is {self.attention!r}, wanted auto, {', '.join(mla.READ)}")
+        if self.weights not in ("", *quantize.KINDS):
+            raise ValueError(
+                f"config.sampler.weights is {self.weights!r}, wanted {', '.join(quantize.KINDS)}, or empty for "
+                "config.model.compute_dtype"
+            )
         if not 0 < self.refill_share <= 1:
             raise ValueError(f"config.sampler.refill_share is {self.refill_share}, wanted above 0 and at most 1")
 

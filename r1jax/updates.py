@@ -21,6 +21,7 @@ from r1jax import grpo, optim, sharding
 from r1jax.model import transformer
 from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
 from r1jax.model.lora import Lora, adapt, merge
+from r1jax.model.quantize import Quantized, quantized
 from r1jax.types import Params
 
 Batch = dict[str, Array]
@@ -44,17 +45,25 @@ class Program:
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Weights in the compute dtype; the router stays float32 (model/moe.py)."""
+    """Weights in the compute dtype; the router stays float32 (model/moe.py), and quantized ones what they are."""
 
-    def one(path: tuple, leaf: Array) -> Array:
-        return leaf if "router" in jax.tree_util.keystr(path[-1:]) else leaf.astype(dtype)
+    def one(path: tuple, leaf: Array | Quantized) -> Array | Quantized:
+        is_kept = "router" in jax.tree_util.keystr(path[-1:]) or isinstance(leaf, Quantized)
+        return leaf if is_kept else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
-def weights_of(config: ModelConfig, lora: Lora | None, params: Params, frozen: Params | None, dtype: str) -> Params:
-    """The whole model's weights in the compute dtype, of what is trained and, with adapters, of what is frozen."""
-    return cast(params if lora is None else merge(frozen, params, config, lora), dtype)
+def weights_of(
+    config: ModelConfig, lora: Lora | None, params: Params, frozen: Params | None, dtype: str, kind: str = ""
+) -> Params:
+    """The whole model's weights in the compute dtype, of what is trained and, with adapters, of what is frozen.
+
+    Args:
+        kind: of quantize.KINDS, for the large matrices; empty: the compute dtype as well.
+    """
+    whole = params if lora is None else merge(frozen, params, config, lora)
+    return cast(quantized(whole, kind) if kind else whole, dtype)
 
 
 def init_state(params: Params, optimizer: optim.Optimizer) -> State:

@@ -85,11 +85,11 @@ SETTINGS = {
 }
 
 
-def make_policy(folder: pathlib.Path) -> None:
+def make_policy(folder: pathlib.Path, deviation: float = 0.1) -> None:
     """A released-model folder with random weights, and the user's rewards beside them."""
     rng = np.random.default_rng(0)
     shapes = transformer.shapes(POLICY)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    params = jax.tree.map(lambda leaf: rng.normal(0, deviation, leaf.shape).astype(np.float32), shapes)
     convert.save(params, POLICY, folder, {"tokenizer.model": (pipeline.BASE / "tokenizer.model").read_bytes()})
     (folder / "rewards.py").write_text(REWARDS)
 

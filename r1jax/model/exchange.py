@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig, Paths
-from r1jax.model.experts import experts_some, gather_sum, in_rounds, spread
-
-Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+from r1jax.model.experts import Weights, experts_some, gather_sum, in_rounds, spread
 
 
 def peers_per_token(config: ModelConfig, peers: int) -> int:

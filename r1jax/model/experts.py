@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from r1jax import sharding
+from r1jax.model.quantize import Matrix, Quantized
+
+Weights = tuple[Matrix, Matrix, Matrix]  # gate and up [E, D, F], down [E, F, D]
 
 FURTHER_ROUNDS = "further_rounds"  # names loops that seldom have anything to do: r1jax.plan counts on that
 FEW = 256  # rows per copy: as many operations as a TPU does while it moves a token once through memory
@@ -134,7 +137,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 def _ragged(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
     del owner
-    return jax.lax.ragged_dot(x, w, sizes)
+    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=None if w.dtype == x.dtype else x.dtype)
 
 
 def _megablox(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
@@ -149,15 +152,26 @@ def _megablox(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
 GROUPED = {"cpu": _blocks, "gpu": _ragged, "TPU v5": _ragged, "TPU v5p": _ragged, "tpu": _megablox}
 
 
+# Whose kernel takes int8 as it is. For the others, and for float8, each product first writes its experts out in the
+# compute dtype: they take half the memory in between, but a step moves them five times for every two in bfloat16.
+READ_INT8 = "TPU v5", "TPU v5p"
+
+
 def _grouped(
-    x: Float[Array, "r D"], w: Float[Array, "E D F"], owner: Int[Array, "blocks"], sizes: Int[Array, "E"]
+    x: Float[Array, "r D"], w: Matrix, owner: Int[Array, "blocks"], sizes: Int[Array, "E"]
 ) -> Float[Array, "r F"]:
     """x's blocks times their own expert's matrix."""
     kind = sharding.device_kind()
-    return GROUPED[kind if kind in GROUPED else sharding.platform()](x, w, owner, sizes)
+    run = GROUPED[kind if kind in GROUPED else sharding.platform()]
+    if not isinstance(w, Quantized):
+        return run(x, w, owner, sizes)
+    is_read = w.values.dtype == jnp.int8 and kind in READ_INT8
+    y = run(x, w.values if is_read else w.values.astype(x.dtype), owner, sizes)
+    scaled = y.reshape(owner.shape[0], -1, y.shape[-1]) * w.scale[owner]
+    return scaled.reshape(y.shape).astype(x.dtype)
 
 
-def _through(h: Array, weights: tuple[Array, Array, Array], owner: Array, sizes: Array) -> Array:
+def _through(h: Array, weights: Weights, owner: Array, sizes: Array) -> Array:
     gate, up, down = weights
     h = jax.nn.silu(_grouped(h, gate, owner, sizes)) * _grouped(h, up, owner, sizes)
     return _grouped(h, down, owner, sizes)
@@ -167,9 +181,9 @@ def experts_local(
     x: Float[Array, "n D"],
     ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
 ) -> Float[Array, "n D"]:
     """Sum over each token's experts, all of which are held here, times their gates."""
     n, k = ids.shape
@@ -185,7 +199,7 @@ def experts_some(
     x: Float[Array, "n D"],
     ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    weights: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]],
+    weights: Weights,
     room: int,
 ) -> Float[Array, "n D"]:
     """The same where most assignments are for experts elsewhere (ids outside 0..E-1).

@@ -20,6 +20,7 @@ from r1jax.model.layers import (
     zeros,
 )
 from r1jax.model.long_rows import Source
+from r1jax.model.quantize import product
 from r1jax.sharding import constrain
 
 Cache = dict[str, Array]  # k, v: [L, B, K, S, h]
@@ -47,7 +48,7 @@ class Gqa(nnx.Module):
 def _project(
     p: dict, config: ModelConfig, x: Float[Array, "*n D"], positions: Int[Array, "*n"]
 ) -> tuple[Float[Array, "*n H h"], Float[Array, "*n K h"], Float[Array, "*n K h"]]:
-    q, k, v = (jnp.einsum("...d,dkh->...kh", x, p[name]) for name in "qkv")
+    q, k, v = (product("...d,dkh->...kh", x, p[name]) for name in "qkv")
     if config.qkv_bias:
         q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
     if config.qk_norm:
@@ -70,7 +71,7 @@ def attention(
     else:
         out = attend(grouped, k, v, mask.whole, h**-0.5)
     out = out.reshape(b, t, heads, h)
-    return jnp.einsum("bthd,hdw->btw", out, p["o"]), {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+    return product("bthd,hdw->btw", out, p["o"]), {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
 
 
 def decode(
@@ -91,7 +92,7 @@ def decode(
     scores = jnp.einsum("bkgh,bksh->bkgs", q.reshape(b, kv, -1, h), keys, preferred_element_type=jnp.float32)
     weights = attend_cache(scores.reshape(b, heads, -1), lengths, h**-0.5, values.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights.reshape(b, kv, heads // kv, -1), values).reshape(b, heads, h)
-    return jnp.einsum("bhd,hdw->bw", out.astype(x.dtype), p["o"]), {"k": keys, "v": values}
+    return product("bhd,hdw->bw", out.astype(x.dtype), p["o"]), {"k": keys, "v": values}
 
 
 def empty_cache(config: ModelConfig, slots: int, length: int, dtype: DTypeLike) -> Cache:

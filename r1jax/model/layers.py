@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.model.config import ModelConfig, Rope
+from r1jax.model.quantize import Matrix, Quantized, product
 from r1jax.sharding import constrain, current, platform
 
 
@@ -36,8 +37,13 @@ def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
+def linear(x: Float[Array, "*n D"], w: Matrix) -> Float[Array, "*n F"]:
+    """x @ w."""
+    return product("...d,df->...f", x, w) if isinstance(w, Quantized) else _linear(x, w)
+
+
 @jax.custom_vjp
-def linear(x: Float[Array, "*n D"], w: Float[Array, "D F"]) -> Float[Array, "*n F"]:
+def _linear(x: Float[Array, "*n D"], w: Float[Array, "D F"]) -> Float[Array, "*n F"]:
     """x @ w; the gradient of w is formed with the narrower of its two factors transposed.
 
     A CPU copies the transposed factor element by element: with the wrong one that is a quarter of a training step.
@@ -56,7 +62,7 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
     return grad @ w.T, dw
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Mlp(nnx.Module):

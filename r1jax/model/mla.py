@@ -29,6 +29,7 @@ from r1jax.model.layers import (
     yarn_mscale,
 )
 from r1jax.model.long_rows import Source
+from r1jax.model.quantize import dequantize, product
 from r1jax.sharding import constrain
 
 Cache = dict[str, Array]  # of a layer: latent [B, S, c + r], the normalised latent, then the rotated key
@@ -71,10 +72,10 @@ def _queries(
     p: dict, config: ModelConfig, x: Float[Array, "*n D"], cos: Float[Array, "*n half"], sin: Float[Array, "*n half"]
 ) -> tuple[Float[Array, "*n H nope"], Float[Array, "*n H rope"]]:
     if config.q_lora_rank is None:
-        q = jnp.einsum("...d,dhe->...he", x, p["q"])
+        q = product("...d,dhe->...he", x, p["q"])
     else:
-        low = narrow(rms_norm(x @ p["q_a"], p["q_a_norm"], config.rms_norm_eps))
-        q = jnp.einsum("...d,dhe->...he", low, p["q_b"])
+        low = narrow(rms_norm(product("...d,dr->...r", x, p["q_a"]), p["q_a_norm"], config.rms_norm_eps))
+        q = product("...d,dhe->...he", low, p["q_b"])
     nope, rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return nope, rotate(rope, cos, sin)
 
@@ -82,7 +83,7 @@ def _queries(
 def _latent(
     p: dict, config: ModelConfig, x: Float[Array, "*n D"], cos: Float[Array, "*n half"], sin: Float[Array, "*n half"]
 ) -> tuple[Float[Array, "*n c"], Float[Array, "*n rope"]]:
-    latent, rope = jnp.split(narrow(x @ p["kv_a"]), [config.kv_lora_rank], axis=-1)
+    latent, rope = jnp.split(narrow(product("...d,dr->...r", x, p["kv_a"])), [config.kv_lora_rank], axis=-1)
     return rms_norm(latent, p["kv_a_norm"], config.rms_norm_eps), rotate(rope[..., None, :], cos, sin)[..., 0, :]
 
 
@@ -94,15 +95,17 @@ def attention(
     q_nope, q_rope = _queries(p, config, x, cos, sin)
     latent, k_rope = _latent(p, config, x, cos, sin)
     q = constrain(jnp.concatenate([q_nope, q_rope], -1), "rows", "tokens", "heads", None)[:, :, :, None]
+    # Once per row of many tokens, so that their conversion counts for nothing.
+    weights = tuple(dequantize(p[name], x.dtype) for name in ("k_b", "v_b"))
     if mask.whole is None:
         # What travels between devices is the latent, not the keys and values of all heads.
-        kept, weights = (latent, k_rope), (p["k_b"], p["v_b"])
+        kept = latent, k_rope
         axes = ("rows", "tokens", None), ("rows", "tokens", None)
         lies = (None, "heads", None), (None, "heads", None)
         out = long_rows.attend(q, Source(kept, axes, weights, lies, _expand), mask, softmax_scale(config))
     else:
-        out = attend(q, *_expand(latent, k_rope, p["k_b"], p["v_b"]), mask.whole, softmax_scale(config))
-    out = jnp.einsum("bthv,hvd->btd", out[:, :, :, 0], p["o"])
+        out = attend(q, *_expand(latent, k_rope, *weights), mask.whole, softmax_scale(config))
+    out = product("bthv,hvd->btd", out[:, :, :, 0], p["o"])
     return out, {"latent": jnp.concatenate([latent, k_rope], -1)}
 
 
@@ -132,15 +135,15 @@ def decode(
     cos, sin = rope_angles(config.rope, config.qk_rope_head_dim, positions)
     q_nope, q_rope = _queries(p, config, x, cos, sin)
     new = jnp.concatenate(_latent(p, config, x, cos, sin), -1)
-    q = jnp.concatenate([jnp.einsum("bhn,chn->bhc", q_nope, p["k_b"]), q_rope], -1)
+    q = jnp.concatenate([product("bhn,chn->bhc", q_nope, p["k_b"]), q_rope], -1)
     q, new = (pad_last(a, cache["latent"].shape[-1]) for a in (q, new))
     stored = write_cache(cache["latent"], new, positions, LENGTH_AXIS)
     # A device has some heads of its rows' queries and needs all heads of its own slots'; what is read goes back.
     q = constrain(constrain(q, "rows", "heads", None), "slots", None, None)
     read = READ[path](q, stored, lengths, config.kv_lora_rank, softmax_scale(config)).astype(x.dtype)
     read = constrain(constrain(read, "slots", None, None), "rows", "heads", None)
-    out = jnp.einsum("bhc,chv->bhv", read, p["v_b"])
-    return jnp.einsum("bhv,hvd->bd", out, p["o"]), {"latent": stored}
+    out = product("bhc,chv->bhv", read, p["v_b"])
+    return product("bhv,hvd->bd", out, p["o"]), {"latent": stored}
 
 
 def read_plain(

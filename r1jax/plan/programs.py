@@ -193,8 +193,10 @@ def _rollout(
     def like(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
 
-    to_decode = made.to_decode
-    weights = _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout))
+    def laid_out(to_decode: Callable, kind: str) -> Tree:
+        return _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout, kind))
+
+    to_decode, weights = made.to_decode, laid_out(made.to_decode, sizes.weights)
     prompt, length = like((n_rows, prompt_length), jnp.int32), like((n_rows,), jnp.int32)
     columns = [like((n_slots,), jnp.int32)] * 4
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -253,29 +255,28 @@ def _rollout(
                 gives={"cache": slots[lengths[-1]]},
             )
         )
+
+    def generate(name: str, weights: Tree, tokens: int, calls: float) -> Program:
+        return Program(
+            name,
+            lambda done: verbs.generate.lower(weights, slots[tokens], like((n_slots,), bool), scalar, scalar),
+            calls=calls,
+            trips=sizes.tokens_per_dispatch,
+            flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, tokens),
+            tokens=n_slots * sizes.tokens_per_dispatch,
+            takes={"weights": weights, "cache": slots[tokens]},
+            beside=always,
+            shares=_grouped(made, layout),
+        )
+
     # The cache grows as completions do. A dispatch is priced over the shortest and over the longest, and every other is
     # taken as so much of the one and so much of the other.
-    for name, tokens, calls in (
-        ("generate_short", lengths[0], (1 - full) * dispatches),
-        ("generate", lengths[-1], full * dispatches),
-    ):
-        if name == "generate_short" and not calls:
-            continue
-        programs.append(
-            Program(
-                name,
-                lambda done, cache=slots[tokens]: verbs.generate.lower(
-                    weights, cache, like((n_slots,), bool), scalar, scalar
-                ),
-                calls=calls,
-                trips=sizes.tokens_per_dispatch,
-                flops=flops.decode(model, n_slots * sizes.tokens_per_dispatch, tokens),
-                tokens=n_slots * sizes.tokens_per_dispatch,
-                takes={"weights": weights, "cache": slots[tokens]},
-                beside=always,
-                shares=_grouped(made, layout),
-            )
-        )
+    if short := (1 - full) * dispatches:
+        programs.append(generate("generate_short", weights, lengths[0], short))
+    programs.append(generate("generate", weights, lengths[-1], full * dispatches))
+    if sizes.weights and config.eval.problems:
+        # No part of a rollout, but it has to fit: evaluation does not quantize.
+        programs.append(generate("evaluate", laid_out(made.to_measure, ""), lengths[-1], 0))
     return programs
 
 
