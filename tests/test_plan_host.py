@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from slices import slice_of
-from test_plan import SMALL, a_plan, a_row, four
+from test_plan_layouts import SMALL, a_plan, a_row, four
 
 from r1jax import sharding
 from r1jax.plan import account, estimate, programs, table
