@@ -2,10 +2,10 @@
 
 R1-Zero, cold start (Dev1), reasoning RL (Dev2), rejection sampling and SFT of the base (Dev3), reward models, RL for
 all scenarios (R1): on arithmetic problems in English and Chinese and on letters, from the packaged bilingual base.
-Hardware: two CPU cores; 40 minutes, 3.3 GB. Expected on 256 held-out problems with seeds 0, 1, 2 (*measured*,
-2026-11-23, see tests/bench/RESULTS.md): pass@1 of Zero 64.1, 68.2, 68.3%, of Dev1 55.6, 64.2, 62.8%, of Dev2 66.9,
-65.4, 69.4%, of Dev3 71.8, 68.0, 72.2%, of R1 73.1, 71.4, 72.0%, of the base about 15%; in
-the question's language Zero 60.8 to 65.9%, Dev2 96.2 to 98.4%, R1 98.6 to 99.4%; R1's letters win 64.5 to 68.2%
+Hardware: two CPU cores; 32 to 40 minutes, 3.4 GB. Expected on 256 held-out problems with seeds 0, 1, 2 (*measured*,
+2026-11-28, see tests/bench/RESULTS.md): pass@1 of Zero 64.1, 68.2, 68.3%, of Dev1 55.6, 64.2, 62.9%, of Dev2 66.9,
+65.4, 65.4%, of Dev3 71.8, 68.0, 68.1%, of R1 73.0, 66.7, 69.2%, of the base about 15%; in
+the question's language Zero 60.8 to 65.9%, Dev2 96.2 to 98.3%, R1 99.0 to 99.3%; R1's letters win 66.2 to 69.8%
 against Dev3's. All values are *our choice*.
 
     python -m r1jax.main --config=configs/r1.py:deepseek_v3 --workdir=DIR --config.model.path=MODEL ...
