@@ -19,16 +19,24 @@ KIND = sharding.MEMORIES["host"]
 
 @contextlib.contextmanager
 def seen_memories():
-    """Collects in which memory each part of a training state lies whenever it is saved; counts are left out."""
-    found, save = {}, checkpoint.Checkpoints.save
+    """Collects in which memory each part of a training state lies when it is saved or restored, counts left out."""
+    found, save, restore = {}, checkpoint.Checkpoints.save, checkpoint.Checkpoints.restore
 
-    def saving(self, step, tree, host):
+    def look(tree):
         for path, a in jax.tree_util.tree_leaves_with_path(tree):
             if a.ndim:
                 found.setdefault(path[0].key, set()).add(a.sharding.memory_kind)
+
+    def saving(self, step, tree, host):
+        look(tree)
         save(self, step, tree, host)
 
-    with mock.patch.object(checkpoint.Checkpoints, "save", saving):
+    def restoring(self, step, like):
+        restored = restore(self, step, like)
+        look(restored[0])
+        return restored
+
+    with mock.patch.multiple(checkpoint.Checkpoints, save=saving, restore=restoring):
         yield found
 
 

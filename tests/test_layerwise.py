@@ -69,24 +69,27 @@ def test_a_non_finite_step_leaves_them_where_and_what_they_were():
     assert (state.skipped, metrics["optim/skipped"], kinds(state)) == (1, 1, {KIND})
 
 
-def fetched(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of everything that a program brings from host memory, in its loops and branches too."""
+def fetched(jaxpr: Any, within: tuple[str, ...] = ()) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shapes of everything that a program brings from host memory, and in which branches and loops it does."""
     for equation in jaxpr.eqns:
-        inner = [a.aval for a in equation.invars if getattr(a.aval, "memory_space", None) == jax.memory.Space.Host]
-        if equation.primitive.name == "device_put" and inner:
-            yield inner[0].shape
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from fetched(getattr(value, "jaxpr", value))
+        away = [a.aval for a in equation.invars if getattr(a.aval, "memory_space", None) == jax.memory.Space.Host]
+        if (name := equation.primitive.name) == "device_put" and away:
+            yield away[0].shape, within
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from fetched(getattr(inner, "jaxpr", inner), (*within, name))
 
 
-def test_of_a_stack_one_layers_moments_come_at_a_time():
-    _, params, state = ready(dataclasses.replace(CONFIG, moments_on="host"))
-    optimizer = optim.make_optimizer(dataclasses.replace(CONFIG, moments_on="host"), params)
-    traced = jax.make_jaxpr(functools.partial(optim.apply, optimizer))(params, state, params, jnp.float32(1))
+def test_of_a_stack_one_layers_moments_come_at_a_time_and_none_before_the_gradient():
+    config = dataclasses.replace(CONFIG, moments_on="host")
+    _, params, state = ready(config)
+    step = functools.partial(optim.apply, optim.make_optimizer(config, params))
+    found = list(fetched(jax.make_jaxpr(step)(params, state, params, jnp.float32(1)).jaxpr))
     layers = [(1, *a.shape[1:]) for a in jax.tree.leaves(params["trunk"]["moe"])]
     rest = [a.shape for a in jax.tree.leaves({**params, "trunk": {**params["trunk"], "moe": {}}})]
-    assert sorted(fetched(traced.jaxpr)) == sorted(2 * (layers + rest))
+    assert sorted(shape for shape, _ in found) == sorted(2 * (layers + rest))
+    # A branch that asks whether the gradient is finite cannot be entered before it is there.
+    assert {within[0] for _, within in found} == {"cond"}
 
 
 def test_a_memory_that_devices_do_not_have_names_the_key(monkeypatch):
