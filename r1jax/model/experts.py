@@ -153,7 +153,7 @@ GROUPED = {"cpu": _blocks, "gpu": _ragged, "TPU v5": _ragged, "TPU v5p": _ragged
 
 
 # Whose kernel takes int8 as it is. For the others, and for float8, each product first writes its experts out in the
-# compute dtype: they take half the memory in between, but a step moves them five times for every two in bfloat16.
+# compute dtype: a layer's for a moment, but then a step moves five bytes a weight where bfloat16 has it move two.
 READ_INT8 = "TPU v5", "TPU v5p"
 
 
