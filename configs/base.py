@@ -253,10 +253,9 @@ def get_config() -> ConfigDict:
                 "benchmark_samples": 0,  # per problem; 0: as the table has it, which has the report's
                 "decontaminate": (),  # training data (files, sources) where 10-grams of problems are looked for
                 "judge": "",  # of open-ended benchmarks: module:function, http(s)://HOST/v1#MODEL
-                # Updates between evaluations; 0: only before the first (not in fine-tuning) and after the last, -1:
-                # after it. In all_scenario_rl the alarm looks at its validation data then, and the problems come after
-                # the last.
-                "every": 0,
+                # In fine-tuning, steps, and none before the first. In all_scenario_rl the alarm looks at its validation
+                # data then, and the problems come after the last.
+                "every": 0,  # updates between evaluations; 0: only before the first and after the last, -1: after it
                 "general": "",  # instructions that are measured beside the problems: "letters"; empty: none
                 "general_samples": 4,  # per instruction
                 "baseline": "",  # the stage against which wins on general instructions are counted

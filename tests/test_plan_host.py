@@ -62,7 +62,7 @@ def test_a_table_and_its_json_name_what_lies_in_host_memory():
         "GB a device in host memory optimizer moved in a call, estimated".split(),
         ["update", "9.00", "500", "ms"],
     ]
-    away, none = json.loads(table.as_json([plan]))
+    away, none, _ = json.loads(table.as_json("title", [plan], slice_, []))
     assert (away["host_gb_by_kind"], away["host_s"], none["host_gb_by_kind"]) == ({"optimizer": 9.0}, 0.5, {})
     assert away["hbm_gb"] == 5.0
     assert "host memory" not in table.text("title", [a_plan("fsdp4", 1.0, a_row())], slice_, [])

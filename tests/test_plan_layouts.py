@@ -117,9 +117,9 @@ def test_a_program_that_fails_is_a_row_that_says_why():
 def test_an_estimate_above_the_peak_is_none():
     slice_ = slice_of("v5e:2x2")
     mesh = types.SimpleNamespace(**vars(four()[1]), size=4)
-    made = types.SimpleNamespace(
-        as_text=lambda: SMALL, memory_analysis=lambda: types.SimpleNamespace(peak_memory_in_bytes=8e9)
-    )
+    host = dict.fromkeys(("argument", "output", "alias", "temp"), 0)
+    spent = types.SimpleNamespace(peak_memory_in_bytes=8e9, **{f"host_{k}_size_in_bytes": n for k, n in host.items()})
+    made = types.SimpleNamespace(as_text=lambda: SMALL, memory_analysis=lambda: spent)
     lowered = types.SimpleNamespace(compile=lambda compiler_options: made)
     row = account.make_row("fsdp4", a_program(lambda done: lowered), slice_, mesh, {}, account.How())
     assert row.fits and row.cost is None and "of the peak, so it is wrong" in row.failed
