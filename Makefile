@@ -15,6 +15,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 # One dependency of reasoning-gym is C source; without a compiler its tests are skipped.
 COMMA := ,
 GYM := $(if $(shell command -v cc),$(COMMA)gym)
+# The compiler for TPUs, which some tests use. In a folder of its own: wherever jax finds it, it looks for a TPU.
+TPU := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(VENV)/libtpu)
 
 .PHONY: zero r1 distill test bench report lint clean
 .DELETE_ON_ERROR:
@@ -34,8 +36,8 @@ report: $(VENV)/core
 bench: $(VENV)/core
 	$(BIN)/python -m tests.bench.step
 
-test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --maxprocesses=8 -rs tests
+test: $(VENV)/test $(TPU)
+	PYTHONPATH=$(abspath $(TPU)) $(BIN)/python -m pytest -n auto --maxprocesses=8 -rs tests
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -53,6 +55,10 @@ $(VENV)/core: setup.py requirements.lock | $(BIN)/python
 $(VENV)/test: $(VENV)/core
 	$(INSTALL) --editable '.[test$(GYM)]'
 	touch $@
+
+$(VENV)/libtpu: | $(VENV)/core
+	$(INSTALL) --no-deps --target $@.new libtpu
+	mv $@.new $@
 
 clean:
 	rm -rf .venv-* *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -144,6 +144,30 @@ QWEN3_30B_A3B = {
     "max_position_embeddings": 40_960,
     "rope": {"theta": 1_000_000.0},
 }
+LLAMA3_1_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 14_336,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131_072,
+    "rope": {
+        "theta": 500_000.0,
+        "kind": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+LLAMA3_1_70B = {
+    **LLAMA3_1_8B,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28_672,
+}
 
 MODELS = {
     "tiny": TINY,
@@ -154,4 +178,6 @@ MODELS = {
     "qwen2_5_1_5b": QWEN2_5_1_5B,
     "qwen2_5_7b": QWEN2_5_7B,
     "qwen3_30b_a3b": QWEN3_30B_A3B,
+    "llama3_1_8b": LLAMA3_1_8B,
+    "llama3_1_70b": LLAMA3_1_70B,
 }

@@ -33,6 +33,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2_lite": {**MIXTURE, "rl.microbatch_rows": 64, "sampler.slots": 1024, "sampler.prefill_prompts": 256},
     "qwen3_30b_a3b": {**MIXTURE, "rl.microbatch_rows": 64, "sampler.slots": 2048, "sampler.prefill_prompts": 256},
+    "llama3_1_8b": {**SHORT, "rl.microbatch_rows": 256, "sampler.slots": 1024, "sampler.prefill_prompts": 256},
+    "llama3_1_70b": {**SHORT, "rl.microbatch_rows": 256, "sampler.slots": 1024, "sampler.prefill_prompts": 256},
     "qwen2_5_7b": {**SHORT, "rl.microbatch_rows": 16, "sampler.slots": 128, "sampler.prefill_prompts": 32},
     "qwen2_5_1_5b": {
         **SHORT,

@@ -202,6 +202,11 @@ def agree(value: Any) -> Any:
     return gather(value)[0]
 
 
+def wait() -> None:
+    """Returns when all hosts are here."""
+    any_across(False)
+
+
 def fetch(array: jax.Array) -> np.ndarray:
     """A host copy of the whole array, on every host, whatever its sharding; it outlives a donation of the array."""
     if array.is_fully_addressable:

@@ -8,7 +8,6 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent import futures
-from functools import partial
 from typing import Any
 
 import jax
@@ -102,6 +101,7 @@ class Moves:
 
     Attributes:
         to_decode, to_measure: weights in the decode layout, for rollouts and for `evaluate`.
+        to_score: what is trained as `score` takes it, and as the reference is kept.
         start: the state before the first step and its shapes, as run.training_state.
         advantages: graded groups to what is trained on, as minibatches.with_advantages.
         compile: compiles what follows the first rollout, given the state's shapes; called from a thread meanwhile.
@@ -114,6 +114,7 @@ class Moves:
     score: Callable
     to_decode: Callable[[Params], Params]
     to_measure: Callable[[Params], Params]
+    to_score: Callable[[Params], Params]
     start: Callable = training_state
     advantages: Callable = minibatches.with_advantages
     prepare: Callable[[updates.State, updates.Batch, int], updates.Batch] | None = None
@@ -184,18 +185,24 @@ def rl_loop(
 ) -> Params:
     """Runs all rollouts of a stage from where its checkpoints stand, and returns the policy."""
     layout = run.layouts["train"]
-    state, like = moves.start(policy, layout, optimizer, optimizing.moments_on)
+    state, like = moves.start(policy, layout, optimizer, optimizing.moments_on, saved)
     lies = jax.tree.map(lambda a: a.sharding, like["policy"])
     kept = sharding.in_memory(lies, settings.reference_on, "rl.reference_on")
-    # Donated arrays must not be shared with the reference.
-    keep = partial(jax.device_put, device=kept, may_alias=False)
-    at, reference = Position(), keep(policy.params) if objective.kl_coef else None
-    if (latest := saved.latest()) is not None:
-        shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like["policy"], kept)
-        tree = {**like, **({} if reference is None else {"reference": shapes})}
-        tree, host = saved.restore(latest, tree)
-        reference = tree.pop("reference", None)
-        state, at = tree, Position(**host)
+
+    def keep(params: Params) -> Params:
+        # Donated arrays must not be shared with the reference.
+        return jax.device_put(moves.to_score(params), kept, may_alias=False)
+
+    at, reference = Position(), None
+    if state is None:
+        tree = like
+        if objective.kl_coef:
+            shapes = jax.eval_shape(moves.to_score, like["policy"])
+            tree = {**like, "reference": sharding.laid_out(shapes, kept)}
+        state, host = saved.restore(saved.latest(), tree)
+        reference, at = state.pop("reference", None), Position(**host)
+    elif objective.kl_coef:
+        reference = keep(state["policy"])
     log = metrics.Log(run.workdir, run.stage, at.step)
     progress = metrics.Progress(run.stage, settings.updates, at.step)
     rate, clock = optim.schedule(optimizing), metrics.Moves()
@@ -219,6 +226,8 @@ def rl_loop(
             if is_evaluated(at.step):
                 moves.evaluate(moves.to_measure(state["policy"]), at.step)
             if at.step >= settings.updates:
+                if saved.latest() is None:  # what a stage leaves is taken from its last checkpoint
+                    save()
                 break
             limit = settings.limit(at.step)
             with clock("layout"):
@@ -243,7 +252,7 @@ def rl_loop(
                 compiling = None
             # From host memory once for the whole rollout; what lies on the devices already stays where it is.
             scoring = None if reference is None else jax.device_put(reference, lies)
-            batches = []
+            old, batches = None, []
             lengths = [(len(g[0].prompt_tokens), [len(s.completion.tokens) for s in g]) for g in groups]
             work = [0.0] * len(parts)
             work[0] = flops.sampled(policy.config, lengths) * drawn / len(groups)
@@ -262,7 +271,8 @@ def rl_loop(
                     batch["old_logp"] = batch["sampler_logp"]
                 elif j:
                     with clock("old_logp"):
-                        batch["old_logp"] = moves.score(state["policy"], unscored, n)
+                        old = moves.to_score(state["policy"]) if old is None else old
+                        batch["old_logp"] = moves.score(old, unscored, n)
                 else:
                     # The first minibatch is on-policy by construction; the array is there for the program's sake.
                     batch["old_logp"] = jnp.zeros_like(batch["sampler_logp"], device=batch["sampler_logp"].sharding)
@@ -270,7 +280,7 @@ def rl_loop(
                     with clock("values"):
                         batch = moves.prepare(state, batch, n)
                 batches.append((batch, n))
-            del scoring  # as the weights above
+            del scoring, old  # as the weights above
             for j, (batch, n) in enumerate(batches):
                 with clock("update"):
                     state, sums = moves.update(state, batch, n, j == 0)

@@ -66,7 +66,7 @@ Update = Callable[[updates.State, updates.Batch, int], tuple[updates.State, dict
 
 def run_steps(
     run: Run,
-    state: updates.State,
+    state: updates.State | None,
     like: updates.State,
     update: Update,
     settings: optim.OptimConfig,
@@ -98,6 +98,7 @@ def run_steps(
         opened.enter_context(contextlib.closing(saved))
         step = saved.latest() or 0
         if step:
+            state = None  # two of them may not fit
             state, _ = saved.restore(step, like)
         log = opened.enter_context(contextlib.closing(metrics.Log(run.workdir, run.stage, step)))
         progress = opened.enter_context(contextlib.closing(metrics.Progress(run.stage, schedule.steps, step)))
@@ -160,7 +161,7 @@ def train(
 
     return run_steps(
         run,
-        *training_state(policy, layout, optimizer, settings.moments_on),
+        *training_state(policy, layout, optimizer, settings.moments_on, saved),
         partial(updates.make_sft_update(program, optimizer), frozen=policy.frozen),
         settings,
         rows._asdict(),

@@ -25,6 +25,7 @@ from r1jax.run import (
     open_pool,
     open_source,
     optim_config,
+    score_layout,
     training_program,
 )
 from r1jax.slots import Verbs
@@ -56,7 +57,7 @@ class Programs:
 
     Attributes:
         shape: of a minibatch.
-        update, score, to_decode, to_measure: as in loops.Moves.
+        update, score, to_decode, to_measure, to_score: as in loops.Moves.
     """
 
     settings: loops.RlConfig
@@ -68,6 +69,7 @@ class Programs:
     score: Callable
     to_decode: Callable
     to_measure: Callable
+    to_score: Callable
     verbs: Verbs
 
 
@@ -105,6 +107,7 @@ def programs(config: Config, policy: Policy, layouts: dict[str, sharding.Layout]
         score=partial(updates.make_score(program), frozen=policy.frozen),
         to_decode=decode_layout(policy, decode, dtype, kind) if kind else measured,
         to_measure=measured,
+        to_score=score_layout(policy, train, dtype),
         verbs=make_verbs(config, policy, decode, draw.DrawConfig(temperature=settings.temperature)),
     )
 
@@ -154,7 +157,10 @@ def compile_training(made: Programs, policy: Policy, layout: sharding.Layout, st
     # Update before score: it takes longest, and a rollout may be short.
     made.update.func.lower(state, batch, 1, True, **made.update.keywords).compile()
     if made.objective.kl_coef or (made.settings.old_logp == "policy" and made.settings.minibatches > 1):
-        made.score.func.lower(state["policy"], unscored, 1, **made.score.keywords).compile()
+        params = sharding.laid_out(
+            jax.eval_shape(made.to_score, state["policy"]), jax.tree.map(lambda a: a.sharding, state["policy"])
+        )
+        made.score.func.lower(params, unscored, 1, **made.score.keywords).compile()
 
 
 def reinforce(
@@ -202,6 +208,7 @@ def reinforce(
 
         moves = loops.Moves(
             sample, evaluate, made.update, made.score, made.to_decode, made.to_measure,
+            made.to_score,
             compile=partial(compile_training, made, policy, run.layouts["train"]),
         )  # fmt: skip
         moves = adapt(made, moves)

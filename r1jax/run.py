@@ -118,16 +118,41 @@ def state_like(policy: Policy, layout: sharding.Layout, optimizer: optim.Optimiz
         lies = jax.tree.map(lambda _: scalar, policy.params)
     lies = updates.state_shardings(lies, optimizer, policy.params, scalar, moments_on)
     shapes = jax.eval_shape(partial(updates.init_state, optimizer=optimizer), policy.params)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
+    return sharding.laid_out(shapes, lies)
+
+
+def first_state(policy: Policy, layout: sharding.Layout, optimizer: optim.Optimizer, moments_on: str) -> updates.State:
+    """The state before the first step, laid out.
+
+    It takes `policy.params` over, which are gone after the first step: two copies of them need not fit.
+    """
+    lies = jax.tree.map(lambda a: a.sharding, state_like(policy, layout, optimizer, moments_on))
+    params = jax.device_put(policy.params, lies["policy"])
+    return {"policy": params, "optim": jax.jit(partial(optim.init, optimizer), out_shardings=lies["optim"])(params)}
 
 
 def training_state(
-    policy: Policy, layout: sharding.Layout, optimizer: optim.Optimizer, moments_on: str
-) -> tuple[updates.State, updates.State]:
-    """The state before the first step, laid out, and the same as shapes with shardings for `Checkpoints.restore`."""
+    policy: Policy, layout: sharding.Layout, optimizer: optim.Optimizer, moments_on: str, saved: checkpoint.Checkpoints
+) -> tuple[updates.State | None, updates.State]:
+    """The state before the first step, and its shapes with shardings for `Checkpoints.restore`.
+
+    Where there is a checkpoint there is no state yet, and `policy.params` are gone at once.
+    """
     like = state_like(policy, layout, optimizer, moments_on)
-    lies = jax.tree.map(lambda a: a.sharding, like)
-    return jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(policy.params), like
+    if saved.latest() is None:
+        return first_state(policy, layout, optimizer, moments_on), like
+    jax.tree.map(lambda a: a.delete(), policy.params)
+    return None, like
+
+
+def score_layout(policy: Policy, layout: sharding.Layout, dtype: str) -> Callable[[Params], Params]:
+    """A function that makes of what is trained what `updates.make_score` takes: a reference needs no more.
+
+    Weights come in the compute dtype, in which they are used anyway; adapters stay as they are.
+    """
+    if policy.lora is not None:
+        return lambda params: params
+    return jax.jit(partial(updates.cast, dtype=dtype), out_shardings=param_shardings(policy.config, layout))
 
 
 def decode_layout(policy: Policy, layout: sharding.Layout, dtype: str, kind: str = "") -> Callable[[Params], Params]:
@@ -271,28 +296,48 @@ def model_folder(workdir: pathlib.Path, stage: str) -> pathlib.Path:
     return workdir / "models" / stage
 
 
+def trained(run: Run, like: Params) -> Params:
+    """The parameters in this stage's last checkpoint as `Lazy` leaves: no host's memory has room for all of a pod's.
+
+    Args:
+        like: arrays or shapes of them.
+    """
+    with checkpoint.Checkpoints(run.workdir / "checkpoints" / run.stage, save_every=1, keep=1) as saved:
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
+        return saved.open(saved.latest(), {"policy": like})["policy"]
+
+
+def write_model(folder: pathlib.Path, policy: Policy, weights: Params) -> None:
+    """A released-model folder in place of what was there; every host writes a part of its files.
+
+    Args:
+        weights: of the whole model, as arrays on the host or `Lazy`.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    if hosts.is_writer():
+        shutil.rmtree(new, ignore_errors=True)
+    convert.save(weights, policy.config, new, companions(policy.folder), dtype="float32")
+    if hosts.is_writer():
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    hosts.wait()
+
+
 def export(run: Run, policy: Policy, params: Params) -> Policy:
-    """Leaves a released-model folder in WORKDIR/models/STAGE, in place of what was there.
+    """Leaves what the stage's last checkpoint holds as a released-model folder in WORKDIR/models/STAGE.
 
     Adapters are merged there and lie in WORKDIR/adapters/STAGE as well.
     """
-    out, new = model_folder(run.workdir, run.stage), run.workdir / "models" / f".{run.stage}.new"
-    weights = params
+    weights = trained(run, params)
     if policy.lora is not None:
-        whole = partial(lora.merge, config=policy.config, lora=policy.lora)
-        lies = param_shardings(policy.config, run.layouts["train"])
-        weights = jax.jit(whole, out_shardings=lies)(policy.frozen, params)
-        adapters = jax.tree.map(hosts.fetch, params)
+        adapters = jax.tree.map(lambda leaf: leaf[()], weights)
         if hosts.is_writer():
             lora.save_peft(
                 adapters, policy.config, policy.lora, run.workdir / "adapters" / run.stage, str(policy.folder)
             )
-    weights = jax.tree.map(hosts.fetch, weights)
-    if hosts.is_writer():
-        shutil.rmtree(new, ignore_errors=True)
-        convert.save(weights, policy.config, new, companions(policy.folder), dtype="float32")
-        shutil.rmtree(out, ignore_errors=True)
-        new.rename(out)
+        frozen = convert.open_leaves(policy.folder, "float32")[1]
+        weights = lora.merge_lazily(frozen, adapters, policy.config, policy.lora)
+    write_model(model_folder(run.workdir, run.stage), policy, weights)
     return dataclasses.replace(policy, params=params)
 
 

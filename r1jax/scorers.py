@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,12 +20,12 @@ from r1jax.run import (
     Config,
     Policy,
     Run,
-    companions,
     open_checkpoints,
     optim_config,
     param_shardings,
     put_rows,
     training_program,
+    write_model,
 )
 from r1jax.types import Params
 
@@ -74,8 +73,7 @@ def with_head(
     optimizer = optim.make_optimizer(settings, params)
     lies = updates.state_shardings(lies, optimizer, params, layout.sharding(), settings.moments_on)
     state = jax.jit(partial(updates.init_state, optimizer=optimizer), out_shardings=lies)(params)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lies)
-    return optimizer, state, like
+    return optimizer, state, sharding.laid_out(state, lies)
 
 
 def batches(rows: Mapping[str, np.ndarray], size: int, layout: sharding.Layout) -> updates.Batch:
@@ -136,12 +134,14 @@ def measured(scores: np.ndarray, loss: str, rows: Mapping[str, np.ndarray]) -> d
 
 
 def save(folder: pathlib.Path, policy: Policy, params: Params, report: Mapping[str, Any]) -> None:
-    """Leaves a reward model: the trunk as a released-model folder, its head, and what was measured."""
-    params = jax.tree.map(hosts.fetch, params)
+    """Leaves a reward model: the trunk as a released-model folder, its head, and what was measured.
+
+    Args:
+        params: as arrays or `Lazy`.
+    """
+    write_model(folder, policy, params["trunk"])
     if hosts.is_writer():
-        shutil.rmtree(folder, ignore_errors=True)
-        convert.save(params["trunk"], policy.config, folder, companions(policy.folder), dtype="float32")
-        safetensors.numpy.save_file({"score.weight": params["score"][None]}, folder / HEAD)
+        safetensors.numpy.save_file({"score.weight": np.asarray(params["score"][()])[None]}, folder / HEAD)
         hosts.atomic_write(folder / "report.json", json.dumps(dict(report), indent=1) + "\n")
 
 

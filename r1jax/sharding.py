@@ -224,6 +224,11 @@ def memory(sharding: jax.sharding.Sharding) -> str:
     return "host" if sharding.memory_kind == MEMORIES["host"] else "device"
 
 
+def laid_out(tree: Params, shardings: Params) -> Params:
+    """Shapes with shardings, of arrays or shapes."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+
 def reshard(tree: Params, shardings: Params) -> Params:
     """The same values laid out anew, device to device."""
     return jax.device_put(tree, shardings)

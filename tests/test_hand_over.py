@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(policy, another, tmp_pa
     layouts, folder = one_device(), tmp_path / "checkpoints" / STAGE
     config = make_config(another, grpo__kl_coef=0.0)
     other = pipeline.load_policy(config, layouts)
-    state, _ = run.training_state(
+    state = run.first_state(
         other, layouts["train"], optim.make_optimizer(run.optim_config(config), other.params), "device"
     )
     with contextlib.closing(Checkpoints(folder, save_every=1, keep=1)) as saved:

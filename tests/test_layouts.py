@@ -79,7 +79,7 @@ def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dic
     program = updates.Program(config, layout, router_bias_rate=0.01, paths=paths_of(layout.mesh))
     update = jit(updates.make_rl_update(program, grpo.GrpoConfig(kl_coef=0), DESCENT, 25))
     policy = run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, None)
-    state, _ = run.training_state(policy, layout, DESCENT, "device")
+    state = run.first_state(policy, layout, DESCENT, "device")
     arrays, n = minibatch(config)
     assert n == 2
     state, record = update(state, run.put_rows(arrays, layout), n)

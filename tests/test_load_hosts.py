@@ -1,4 +1,4 @@
-"""Two processes that load one released folder: each reads its own byte ranges, together they hold the model."""
+"""Two processes that load one released folder, and write it: each its own part, together the whole model."""
 
 import dataclasses
 import json
@@ -51,6 +51,13 @@ def one_of_two(index: int, port: int, folder: str, config: ModelConfig, mesh: di
         assert not leaf.is_fully_addressable
         np.testing.assert_array_equal(hosts.fetch(leaf), want[path], err_msg=path)
     pathlib.Path(folder, f"read-{index}.json").write_text(json.dumps(spans))
+    written, write = [], safetensors_io._write_file
+    safetensors_io._write_file = lambda file, tensors: (written.append(file.name), write(file, tensors))
+    convert.save(random_tree(config), config, f"{folder}/again", max_shard_bytes=20_000)
+    again = flatten_dict(convert.load(f"{folder}/again", make_mesh(mesh))[1], sep=".")
+    for path, leaf in again.items():
+        np.testing.assert_array_equal(hosts.fetch(leaf), want[path], err_msg=path)
+    pathlib.Path(folder, f"wrote-{index}.json").write_text(json.dumps(written))
     jax.distributed.shutdown()  # jax does it at exit, which multiprocessing skips
 
 
@@ -75,6 +82,9 @@ def test_each_of_two_processes_reads_its_own_bytes(config: ModelConfig, mesh: di
         child.kill()
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
+    wrote = [json.loads((tmp_path / f"wrote-{index}.json").read_text()) for index in range(2)]
+    assert sorted(wrote[0] + wrote[1]) == sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
+    assert abs(len(wrote[0]) - len(wrote[1])) < 2 <= len(wrote[0])
     # How often each process read each byte of the file.
     reads = np.zeros((2, (tmp_path / "model.safetensors").stat().st_size), np.uint8)
     for index in range(2):

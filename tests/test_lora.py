@@ -92,8 +92,11 @@ def test_only_adapters_are_trained(mesh: dict | None) -> None:
     fresh = lora.init(QWEN, asked, jax.random.key(0))
     policy = run.Policy(QWEN, fresh, None, None, asked, frozen)
     optimizer = optax.sgd(1.0)
-    state, like = run.training_state(policy, layout, optimizer, "device")
-    adam, _ = run.training_state(policy, layout, optax.adam(1e-3), "device")
+    state, like = (
+        run.first_state(policy, layout, optimizer, "device"),
+        run.state_like(policy, layout, optimizer, "device"),
+    )
+    adam = run.first_state(policy, layout, optax.adam(1e-3), "device")
     n_adapters = sum(a.size for a in jax.tree.leaves(fresh))
     assert sum(a.size for a in jax.tree.leaves(adam["optim"])) == 2 * n_adapters + 3, (
         "moments, counts of steps and skips"

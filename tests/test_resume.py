@@ -2,16 +2,20 @@
 what to do about a damaged checkpoint. `python -m tests.bench.kills` does the same at many random moments."""
 
 import itertools
+import json
 import os
 import random
 import shutil
 import time
 import types
 
+import jax
+import optax
 import pytest
+from tiny import one_device
 from tiny_run import STAGE, arguments, command, execute, make_config, make_policy, metrics, outcome, run_main
 
-from r1jax import hosts, loops, rollout
+from r1jax import hosts, loops, pipeline, rollout, run
 from r1jax.checkpoint import latest_step
 from r1jax.run import Stopped
 
@@ -35,6 +39,32 @@ def at_call(monkeypatch, module, name, number, act):
         return function(*positional, **named)
 
     monkeypatch.setattr(module, name, counted)
+
+
+def test_one_copy_of_the_weights_is_trained_and_none_waits_beside_a_checkpoint(straight):
+    policy = pipeline.load_policy(make_config(straight[0]), layouts := one_device())
+    lies, optimizer = layouts["train"], optax.sgd(1.0)
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy.params)]
+    state, _ = run.training_state(policy, lies, optimizer, "device", types.SimpleNamespace(latest=lambda: None))
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state["policy"])] == places
+    state, _ = run.training_state(policy, lies, optimizer, "device", types.SimpleNamespace(latest=lambda: 2))
+    assert state is None and all(leaf.is_deleted() for leaf in jax.tree.leaves(policy.params))
+
+
+def test_the_reference_is_kept_in_the_compute_dtype(straight, tmp_path):
+    config = make_config(straight[0], model__compute_dtype="bfloat16", rl__updates=2, eval__problems=0)
+    execute(config, tmp_path)
+    manifest = tmp_path / "checkpoints" / STAGE / "2" / "manifest-00000-of-00001.json"
+    kept = json.loads(manifest.read_text())["arrays"]
+    kinds = {name: kind.partition("[")[0] for name, kind in kept.items() if name.startswith("reference.")}
+    assert {name for name, kind in kinds.items() if kind != "bfloat16"} == {
+        "reference.moe.mlp.router", "reference.moe.mlp.router_bias",
+    }  # fmt: skip
+    assert all(kind.startswith("float32") for name, kind in kept.items() if name.startswith("policy."))
+    shutil.rmtree(tmp_path / "models")
+    config.rl.updates = 4
+    execute(config, tmp_path)  # goes on with it
+    assert latest_step(tmp_path / "checkpoints" / STAGE) == 4
 
 
 def test_a_run_cut_short_at_every_move_ends_like_one_that_was_not(straight, tmp_path):

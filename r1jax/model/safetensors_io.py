@@ -18,6 +18,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
+from r1jax import hosts
 from r1jax.folders import Folder, folder_at
 
 DTYPES = {
@@ -187,7 +188,8 @@ def write_folder(
 ) -> None:
     """A model folder, built under a temporary name beside its own and renamed when it is complete.
 
-    One tensor is held in memory at a time. Above `max_shard_bytes` in all there are several shards, with an index.
+    One tensor is held in memory at a time. Above `max_shard_bytes` in all there are several shards, with an index. All
+    hosts call this, on a folder that they share, and each writes a part of the shards.
 
     Args:
         files: content of further files by name.
@@ -196,35 +198,42 @@ def write_folder(
         ValueError: the folder exists and is not empty, or a further file would replace one of ours.
         OSError: the disk is too small, or fails; nothing is left under the folder's name.
     """
-    check_free(folder)
     for name in files or ():
         if name in ("config.json", INDEX) or name.endswith(".safetensors"):
             raise ValueError(f"extra file {name} would replace what is exported")
     shards = _shards(tensors, max_shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     total = sum(tensor.nbytes for tensor in tensors)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder.parent).free) < total:
-        raise OSError(f"{folder.parent} has {free} bytes free, the model needs {total}")
-    unfinished = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished = folder.with_name(f".{folder.name}.partial-{hosts.agree(os.getpid())}")
+    if hosts.is_writer():
+        check_free(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder.parent).free) < total:
+            raise OSError(f"{folder.parent} has {free} bytes free, the model needs {total}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+    hosts.wait()
     try:
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_file(unfinished / file, shard)
-            weight_map |= {tensor.name: file for tensor in shard}
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write(unfinished / INDEX, _json(index))
-        for name, content in {"config.json": _json(config), **(files or {})}.items():
-            _write(unfinished / name, content)
-        unfinished.rename(folder)
+        for name, shard in hosts.my_part(list(zip(names, shards, strict=True))):
+            _write_file(unfinished / name, shard)
+        hosts.wait()
+        if hosts.is_writer():
+            if len(shards) > 1:
+                weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+                _write(unfinished / INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+            for name, content in {"config.json": _json(config), **(files or {})}.items():
+                _write(unfinished / name, content)
+            unfinished.rename(folder)
+        hosts.wait()
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, f"{folder} could not be written: {error.strerror or error}") from error
         raise
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
 def check_free(folder: pathlib.Path) -> None:

@@ -19,6 +19,7 @@ from r1jax.model import lora, transformer
 from r1jax.model.config import ModelConfig
 from r1jax.model.kernels import flash
 from r1jax.sampler import buckets
+from r1jax.sharding import laid_out
 
 Tree = Any  # of jax.ShapeDtypeStruct, each with its sharding
 Compiled = Mapping[str, Any]  # name of a program -> jax.stages.Compiled, of those before it
@@ -94,20 +95,16 @@ def host_bytes(tree: Tree) -> float:
     return _bytes(tree, "host")
 
 
-def _put(tree: Tree, lies: Any) -> Tree:
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, lies)
-
-
 def abstract_policy(config: Any, model: ModelConfig, layout: sharding.Layout) -> run.Policy:
     """A policy whose weights are shapes with shardings; with adapters the frozen ones are bfloat16, as released."""
     adapting = run.adapting(model, config.lora)
     lies = run.param_shardings(model, layout)
     tokenizer = types.SimpleNamespace(eos_ids=frozenset({1}))
     if adapting is None:
-        return run.Policy(model, _put(transformer.shapes(model), lies), tokenizer, None)
+        return run.Policy(model, laid_out(transformer.shapes(model), lies), tokenizer, None)
     small = jax.tree.map(lambda _: layout.sharding(), lora.shapes(model, adapting))
-    frozen = _put(transformer.shapes(model, jnp.bfloat16), lies)
-    return run.Policy(model, _put(lora.shapes(model, adapting), small), tokenizer, None, adapting, frozen)
+    frozen = laid_out(transformer.shapes(model, jnp.bfloat16), lies)
+    return run.Policy(model, laid_out(lora.shapes(model, adapting), small), tokenizer, None, adapting, frozen)
 
 
 def _slots(verbs: Any, slots: int, length: int) -> Tree:
@@ -133,16 +130,16 @@ def loop(config: Any, model: ModelConfig, layouts: dict[str, sharding.Layout], l
     settings = made.settings
     state = run.state_like(policy, layouts["train"], made.optimizer, made.optimizing.moments_on)
     always = {"parameters": state["policy"], "optimizer": state["optim"]}
+    lies = jax.tree.map(lambda a: a.sharding, state["policy"])
+    scored = laid_out(jax.eval_shape(made.to_score, state["policy"]), lies)
     if made.objective.kl_coef:
-        lies = jax.tree.map(lambda a: a.sharding, state["policy"])
-        kept = sharding.in_memory(lies, settings.reference_on, "rl.reference_on")
-        always["reference"] = _put(state["policy"], kept)
+        always["reference"] = laid_out(scored, sharding.in_memory(lies, settings.reference_on, "rl.reference_on"))
     if policy.frozen is not None:
         always["frozen"] = policy.frozen
     return Loop(
         (
             *_rollout(config, policy, made, layouts["decode"], always, load),
-            *_training(policy, made, state, layouts["train"], always, load),
+            *_training(policy, made, state, scored, layouts["train"], always, load),
         ),
         settings.minibatches,
         settings.prompts_per_rollout * settings.group_size,
@@ -193,10 +190,10 @@ def _rollout(
     def like(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
 
-    def laid_out(to_decode: Callable, kind: str) -> Tree:
-        return _put(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout, kind))
+    def decoding(to_decode: Callable, kind: str) -> Tree:
+        return laid_out(jax.eval_shape(to_decode, policy.params), run.param_shardings(model, layout, kind))
 
-    to_decode, weights = made.to_decode, laid_out(made.to_decode, sizes.weights)
+    to_decode, weights = made.to_decode, decoding(made.to_decode, sizes.weights)
     prompt, length = like((n_rows, prompt_length), jnp.int32), like((n_rows,), jnp.int32)
     columns = [like((n_slots,), jnp.int32)] * 4
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -205,7 +202,7 @@ def _rollout(
     slots = {n: _slots(verbs, n_slots, n) for n in lengths}
 
     def prefix(done: Compiled) -> Tree:
-        return _put(jax.eval_shape(verbs.prefill, weights, prompt, length), done["prefill"].output_shardings)
+        return laid_out(jax.eval_shape(verbs.prefill, weights, prompt, length), done["prefill"].output_shardings)
 
     programs = [
         Program(
@@ -276,7 +273,7 @@ def _rollout(
     programs.append(generate("generate", weights, lengths[-1], full * dispatches))
     if sizes.weights and config.eval.problems:
         # No part of a rollout, but it has to fit: evaluation does not quantize.
-        programs.append(generate("evaluate", laid_out(made.to_measure, ""), lengths[-1], 0))
+        programs.append(generate("evaluate", decoding(made.to_measure, ""), lengths[-1], 0))
     return programs
 
 
@@ -284,6 +281,7 @@ def _training(
     policy: run.Policy,
     made: reinforce.Programs,
     state: Tree,
+    scored: Tree,
     layout: sharding.Layout,
     always: dict[str, Tree],
     load: Load,
@@ -305,33 +303,33 @@ def _training(
     batches = [batch] * settings.minibatches  # all of a rollout are packed before the first update
     unscored = {k: v for k, v in batch.items() if k not in reinforce.SCORED}
 
-    def score(params: Tree) -> Any:
-        return made.score.func.lower(params, unscored, n, **made.score.keywords)
-
     def beside(*taken: str) -> dict[str, Tree]:
         return {**{k: v for k, v in always.items() if k not in taken}, "batch": batches[1:]}
 
-    scored = (settings.minibatches if "reference" in always else 0) + (
-        settings.minibatches - 1 if settings.old_logp == "policy" else 0
-    )
+    by_reference = settings.minibatches if "reference" in always else 0
+    by_old = settings.minibatches - 1 if settings.old_logp == "policy" else 0
     frozen = {"frozen": policy.frozen} if policy.frozen is not None else {}
     programs = []
-    if scored:
-        kept = "reference" if "reference" in always else "parameters"
-        # A reference in host memory stays there as well, and comes once for all that is scored.
-        away = {"reference": always["reference"]} if host_bytes(always.get("reference")) else {}
+    if calls := by_reference + by_old:
+        # Whose weights are scored lie there in the compute dtype: the reference's as they are kept, or fetched from
+        # host memory once for all; the policy's as a copy, adapters apart.
+        takes, others = {"reference": scored}, ["reference"]
+        if by_old and not frozen:
+            takes, others = {"weights": scored}, []
+        is_away = host_bytes(always.get("reference"))
+        away = {"reference": [always["reference"], *([scored] if "weights" in takes else [])]} if is_away else {}
         programs.append(
             Program(
                 "score",
-                lambda done: score(state["policy"]),
-                calls=scored,
+                lambda done: made.score.func.lower(scored, unscored, n, **made.score.keywords),
+                calls=calls,
                 trips=trips,
                 flops=work,
                 tokens=read,
                 shares=shares,
-                takes={kept: state["policy"], **frozen, "batch": unscored},
-                beside=beside(kept, "frozen") | away,
-                hauled=host_bytes(away) / scored,
+                takes={**takes, **frozen, "batch": unscored},
+                beside=beside(*others, "frozen") | away,
+                hauled=host_bytes(away) / calls,
             )
         )
     programs.append(

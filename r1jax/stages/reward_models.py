@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from r1jax import checks, curate, data, hosts, preference, scorers
 from r1jax.rollout import Group
-from r1jax.run import Policy, Run, model_folder
+from r1jax.run import Policy, Run, model_folder, trained
 
 MODELS = {"helpful": "pairwise", "safe": "pointwise"}
 
@@ -158,7 +158,7 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
                       f"{report['held_out_unsafe_share']:.1%} of the held-out ones")  # fmt: skip
         hosts.say(f"{run.stage}: {name} is right on {report['eval/accuracy']:.1%} of {len(scores)} held-out rows, "
                   f"correlation of score and length {report['eval/length_correlation']:+.2f}")  # fmt: skip
-        scorers.save(new / name, policy, params, report)
+        scorers.save(new / name, policy, trained(this, params), report)
     if hosts.is_writer():
         shutil.rmtree(out, ignore_errors=True)
         new.rename(out)

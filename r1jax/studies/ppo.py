@@ -54,15 +54,13 @@ def with_value_model(config: Config, policy: Policy, run: Run) -> Callable[[Prog
         improve = updates.make_rl_update(acting, objective, made.optimizer, made.shape.row_tokens + 1)
         complete = jax.jit(partial(estimates, kl_coef=kl_coef, settings=settings))
 
-        def start(
-            policy: Policy, layout: object, policy_optimizer: object, moments_on: str
-        ) -> tuple[updates.State, updates.State]:
-            state, like = training_state(policy, layout, policy_optimizer, moments_on)
+        def start(*given: object) -> tuple[updates.State | None, updates.State]:
+            state, like = training_state(*given)
             hosts.say(
-                f"{run.stage}: parameters and moments take {megabytes(state):.1f} MB of the policy and "
-                f"{megabytes(value_state):.1f} MB of the value model"
+                f"{run.stage}: parameters and moments take {megabytes(like):.1f} MB of the policy and "
+                f"{megabytes(value_like):.1f} MB of the value model"
             )
-            return {**state, "value": value_state}, {**like, "value": value_like}
+            return state and {**state, "value": value_state}, {**like, "value": value_like}
 
         def prepare(state: updates.State, batch: updates.Batch, n: int) -> updates.Batch:
             return complete(batch, predict(state["value"]["policy"], batch, n))

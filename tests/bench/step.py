@@ -112,9 +112,10 @@ class Bench:
         self.layout = lays["train"]
         params = run.random_params(MODEL, self.layout, 0)
         policy = run.Policy(MODEL, params, types.SimpleNamespace(eos_ids=frozenset()), None)
-        self.reference = jax.tree.map(jnp.copy, params)
         self.made = reinforce.programs(settings(row_tokens, rows, n_slots), policy, lays)
-        self.state, like = run.training_state(policy, self.layout, self.made.optimizer, "device")
+        self.reference = self.made.to_score(jax.tree.map(jnp.copy, params))
+        like = run.state_like(policy, self.layout, self.made.optimizer, "device")
+        self.state = run.first_state(policy, self.layout, self.made.optimizer, "device")
         # As in a run: what follows the first rollout is compiled beside it.
         compiler = futures.ThreadPoolExecutor(1)
         self.compiling = compiler.submit(reinforce.compile_training, self.made, policy, self.layout, like)
