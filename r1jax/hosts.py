@@ -200,7 +200,10 @@ def sum_across(value: float) -> float:
 
 def any_across(flag: bool) -> bool:
     """Whether the flag is set on any host: how one host's SIGTERM becomes everybody's."""
-    return any(gather(bool(flag)))
+    if count() == 1:
+        return bool(flag)
+    # Not `gather`, which is two collectives: the sampler asks before each dispatch.
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
 
 
 def agree(value: Any) -> Any:
@@ -232,18 +235,13 @@ def put(tree: Any, shardings: Any) -> Any:
 
 @dataclasses.dataclass
 class Stop:
-    """Whether somebody asked this process to end; the loop reads it between two steps, by `any_across`."""
+    """Whether somebody asked this process to end."""
 
     requested: bool = False
-    _looks: int = 0
 
-    def is_agreed(self, every: int = 32) -> bool:
-        """Whether to end now, alike on all hosts, which have to call it equally often; they ask round at each
-        `every`-th call. A single process knows at once."""
-        self._looks += 1
-        if count() == 1:
-            return self.requested
-        return self._looks % every == 0 and any_across(self.requested)
+    def is_agreed(self) -> bool:
+        """Whether somebody asked any host to; all of them have to call it equally often."""
+        return any_across(self.requested)
 
 
 def on_sigterm() -> Stop:

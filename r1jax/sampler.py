@@ -17,6 +17,10 @@ from r1jax.slots import Prefix, Verbs
 from r1jax.types import Completion, Params, Request
 
 
+class Interrupted(Exception):
+    """The run was asked to stop while it sampled."""
+
+
 def sample(
     verbs: Verbs,
     params: Params,
@@ -25,6 +29,7 @@ def sample(
     max_completion_tokens: int,
     is_stopped: Callable[[list[int]], int | None] = lambda tokens: None,
     prompt_tokens: int = 0,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Completion]:
     """Samples all requests and yields completions as they finish.
 
@@ -35,8 +40,14 @@ def sample(
         is_stopped: given a completion's tokens, how many of them to keep if a stop text has come up, else None.
         prompt_tokens: what prompts are padded to if none is longer; a call with prompts of another length is another
             program.
+        is_interrupted: asked before each dispatch, which all hosts run alike.
+
+    Raises:
+        Interrupted: `is_interrupted` said so; what was drawn is lost.
     """
-    return _Loop(verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens).run()
+    return _Loop(
+        verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens, is_interrupted
+    ).run()
 
 
 def buckets(smallest: int, longest: int) -> list[int]:
@@ -59,9 +70,11 @@ class _Loop:
         max_completion_tokens: int,
         is_stopped: Callable[[list[int]], int | None],
         prompt_tokens: int,
+        is_interrupted: Callable[[], bool],
     ) -> None:
         config = verbs.config
         self.verbs, self.params, self.key, self.is_stopped = verbs, params, rollout_key, is_stopped
+        self.is_interrupted = is_interrupted
         self.limit, self.pending = max_completion_tokens, list(reversed(requests))
         longest = max(prompt_tokens, *(len(r.tokens) for r in requests))
         # Prompts are padded to one length per call: each other length would be another program.
@@ -88,6 +101,7 @@ class _Loop:
 
     def run(self) -> Iterator[Completion]:
         while True:
+            self._heed()
             free = [i for i, held in enumerate(self.held) if held is None]
             if self.pending and free:
                 yield from self._fill(free)
@@ -98,6 +112,10 @@ class _Loop:
                 continue
             self._fit(live)
             yield from self._generate()
+
+    def _heed(self) -> None:
+        if self.is_interrupted():
+            raise Interrupted
 
     def _fill(self, free: list[int]) -> Iterator[Completion]:
         taken = [self.pending.pop() for _ in range(min(len(free), len(self.pending)))]
@@ -140,6 +158,7 @@ class _Loop:
                 new[r.prompt] = r.tokens
         names = list(new)
         for start in range(0, len(names), n_rows):
+            self._heed()
             batch = names[start : start + n_rows]
             tokens = np.zeros((n_rows, self.prompt_length), np.int32)
             lengths = np.ones(n_rows, np.int32)

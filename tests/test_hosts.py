@@ -50,15 +50,6 @@ def test_parts_are_disjoint_and_cover(monkeypatch):
     assert sorted(parts) == list(range(10))
 
 
-def test_several_hosts_ask_round_now_and_then(monkeypatch):
-    asked = []
-    monkeypatch.setattr(hosts, "count", lambda: 2)
-    monkeypatch.setattr(hosts, "any_across", lambda flag: asked.append(flag) or True)  # the other host was asked to end
-    stop = hosts.Stop()
-    assert [stop.is_agreed(3) for _ in range(6)] == [False, False, True] * 2
-    assert asked == [False, False]
-
-
 def test_fetch_outlives_donation_and_put_is_its_inverse():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows = np.arange(jax.device_count() * 6, dtype=np.float32).reshape(-1, 3)
@@ -190,6 +181,7 @@ def one_of_two(index: int, port: int, folder: str) -> None:
     assert hosts.sum_across(2**53 + index) == 2**54 + 1
     assert hosts.agree(index) == 0
     assert hosts.any_across(index == 1) and not hosts.any_across(False)
+    assert hosts.Stop(requested=index == 1).is_agreed() and not hosts.Stop().is_agreed()
 
     rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

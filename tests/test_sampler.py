@@ -15,7 +15,7 @@ from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
 from r1jax.model import transformer
 from r1jax.model.config import ModelConfig
 from r1jax.rollout import stop_text_finder
-from r1jax.sampler import buckets, sample
+from r1jax.sampler import Interrupted, buckets, sample
 from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Completion, Params, Request
 
@@ -214,3 +214,19 @@ def test_sizes_that_do_not_fit_the_mesh_name_the_key(key: str) -> None:
         Verbs(DEEPSEEK, sizes, DRAWING, layout, [STOP])
     with pytest.raises(ValueError, match=f"config.sampler.{key} is 0"):
         dataclasses.replace(sizes, **{key: 0})
+
+
+@pytest.mark.parametrize("dispatches", [0, 1, 4])
+def test_asked_before_each_dispatch_it_ends_before_any_completion_has(dispatches: int, params: Params) -> None:
+    made = verbs(DEEPSEEK, SamplerConfig(slots=4, tokens_per_dispatch=1, cache_bucket=64, prefill_prompts=4))
+    ran, generate = [], made.generate
+
+    def counted(*given: object) -> tuple:
+        ran.append(None)
+        return generate(*given)
+
+    made.generate = counted
+    found = sample(made, params, REQUESTS[:4], KEY, LIMIT, is_interrupted=lambda: len(ran) == dispatches)
+    with pytest.raises(Interrupted):
+        next(found)
+    assert len(ran) == dispatches
