@@ -92,13 +92,14 @@ def collect(
     stop_texts: Sequence[str] = (),
     is_interrupted: Callable[[], bool] = lambda: False,
     opening: str = "",
+    with_experts: bool = False,
 ) -> list[Group]:
     """Samples `group_size` completions of each example and grades them.
 
     Args:
         params: in the decode layout.
         first_prompt: number of the first example in the run's order; it names its random draws.
-        is_interrupted: see `sampler.sample`.
+        is_interrupted, with_experts: see `sampler.sample`.
         opening: what every completion is made to begin with; part of its text, not of its tokens.
 
     Returns:
@@ -115,8 +116,9 @@ def collect(
     completions: dict[int, tuple[Completion, str]] = {}
     graded: dict[int, Graded] = {}
     for completion in sample_requests(
-        verbs, params, requests, rollout_key, max_completion_tokens, find_stop, is_interrupted=is_interrupted
-    ):
+        verbs, params, requests, rollout_key, max_completion_tokens, find_stop,
+        is_interrupted=is_interrupted, with_experts=with_experts,
+    ):  # fmt: skip
         i = completion.prompt - first_prompt
         ticket = i * group_size + completion.member
         text = forced(prompts[i][0], opening) + completion_text(tokenizer, completion)

@@ -30,6 +30,7 @@ def sample(
     is_stopped: Callable[[list[int]], int | None] = lambda tokens: None,
     prompt_tokens: int = 0,
     is_interrupted: Callable[[], bool] = lambda: False,
+    with_experts: bool = False,
 ) -> Iterator[Completion]:
     """Samples all requests and yields completions as they finish.
 
@@ -41,13 +42,15 @@ def sample(
         prompt_tokens: what prompts are padded to if none is longer; a call with prompts of another length is another
             program.
         is_interrupted: asked before each dispatch, which all hosts run alike.
+        with_experts: whether completions name the experts that were chosen, a kilobyte per token of DeepSeek-V3's.
 
     Raises:
         Interrupted: `is_interrupted` said so; what was drawn is lost.
     """
     return _Loop(
-        verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens, is_interrupted
-    ).run()
+        verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens, is_interrupted,
+        with_experts,
+    ).run()  # fmt: skip
 
 
 def buckets(smallest: int, longest: int) -> list[int]:
@@ -71,10 +74,11 @@ class _Loop:
         is_stopped: Callable[[list[int]], int | None],
         prompt_tokens: int,
         is_interrupted: Callable[[], bool],
+        with_experts: bool,
     ) -> None:
         config = verbs.config
         self.verbs, self.params, self.key, self.is_stopped = verbs, params, rollout_key, is_stopped
-        self.is_interrupted = is_interrupted
+        self.is_interrupted, self.with_experts = is_interrupted, with_experts
         self.limit, self.pending = max_completion_tokens, list(reversed(requests))
         longest = max(prompt_tokens, *(len(r.tokens) for r in requests))
         # Prompts are padded to one length per call: each other length would be another program.
@@ -138,7 +142,7 @@ class _Loop:
                 self.held[slot] = Completion(r.prompt, r.member, np.zeros(0, np.int32), np.zeros(0, np.float32), "")
                 read = self.prefixes[r.prompt][2]
                 self.tokens[slot], self.logp[slot] = [int(tokens[slot])], [float(logp[slot])]
-                self.experts[slot] = [] if read is None else [read[: len(r.tokens)]]
+                self.experts[slot] = [] if read is None else [read]
                 self.prompt_tokens[slot], self.limits[slot] = len(r.tokens), self._limit(r)
                 self.cancel[slot] = False
                 if (completion := self._finished(slot)) is not None:
@@ -166,10 +170,12 @@ class _Loop:
                 tokens[row, : len(new[name])], lengths[row] = new[name], len(new[name])
             prefix = self.verbs.prefill(self.params, jnp.asarray(tokens), jnp.asarray(lengths))
             read = None
-            if prefix.experts is not None:
+            if self.with_experts and prefix.experts is not None:
                 read = hosts.fetch(prefix.experts).astype(np.int16).transpose(1, 2, 0, 3)
             for row, name in enumerate(batch):
-                self.prefixes[name] = prefix, row, None if read is None else read[row]
+                # A copy: a view would keep what was read of all these prompts, as far as they are padded.
+                mine = None if read is None else read[row, : lengths[row]].copy()
+                self.prefixes[name] = prefix, row, mine
 
     def _cache_length(self) -> int:
         return jax.tree.leaves(self.slots.cache)[0].shape[self.verbs.length_axis]
@@ -227,7 +233,7 @@ class _Loop:
         )
         self.cancel[:] = False
         tokens, logp, is_new = (hosts.fetch(a) for a in (drawn.tokens, drawn.logp, drawn.is_new))
-        experts = None if drawn.experts is None else hosts.fetch(drawn.experts)
+        experts = hosts.fetch(drawn.experts) if self.with_experts and drawn.experts is not None else None
         counts = is_new.sum(0)
         assert counts[live].all(), "a dispatch draws at least one token for every live slot, or this would never end"
         for slot in live:
@@ -235,7 +241,8 @@ class _Loop:
             self.tokens[slot] += tokens[:n, slot].tolist()
             self.logp[slot] += logp[:n, slot].tolist()
             if experts is not None:
-                self.experts[slot].append(experts[:n, :, slot])
+                # A copy: a view would keep what all slots drew, as long as this one lives.
+                self.experts[slot].append(experts[:n, :, slot].copy())
             if (completion := self._finished(slot)) is not None:
                 yield completion
 
@@ -250,6 +257,7 @@ class _Loop:
         self.held[slot] = None
         n = len(tokens) if cut is None else cut
         experts = np.concatenate(self.experts[slot])[: self.prompt_tokens[slot] + n - 1] if self.experts[slot] else None
+        self.experts[slot] = []
         return dataclasses.replace(
             held,
             tokens=np.asarray(tokens[:n], np.int32),
