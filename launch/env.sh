@@ -7,7 +7,7 @@
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${R1JAX_SHARED:-$HOME}/jax_cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-1}"
 
-# How often a host runs the command again after another host, or a preemption, has ended it (code 75, or a signal).
+# How often a host runs the command again after a death, a device's failure or a preemption (code 75, or a signal).
 export R1JAX_RESTARTS="${R1JAX_RESTARTS:-100}"
 
 # Warnings and worse; at 0 libtpu and XLA write hundreds of lines per host.

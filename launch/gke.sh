@@ -6,8 +6,8 @@
 #
 # IMAGE is what launch/Dockerfile builds; PVC a volume that all pods may write (Filestore, or a bucket by the gcsfuse
 # driver), at which the run folder lies. The cluster needs the JobSet controller and a node pool of that topology.
-# A preempted or killed pod ends all (code 75), and the JobSet starts them again; an error of the run itself (code 1)
-# fails the JobSet.
+# A preempted or killed pod ends all (code 75), and the JobSet starts them again; an error of the run itself (code 1 of
+# every pod) fails the JobSet.
 set -euo pipefail
 
 name='' image='' accelerator='' topology='' claim='' slices=1 restarts=100 spot='' dry=''

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What every host runs: launch/run.sh [--dry-run] --config=configs/zero.py --workdir=DIR ...
 #
-# The arguments are those of r1jax.main. When another host died, or this one was told to end (code 75, or a signal), the
-# same command goes on from the last checkpoint, at most R1JAX_RESTARTS times; an error of its own (code 1) ends it.
+# The arguments are those of r1jax.main. When a host died, a device failed or one was told to end (code 75, or a signal),
+# the same command goes on from the last checkpoint, at most R1JAX_RESTARTS times; an error of any host ends it on all
+# (code 1).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/env.sh

@@ -22,7 +22,7 @@ from r1jax.rewards.language import language_reward
 from r1jax.rewards.penalties import repetition_penalty
 from r1jax.rewards.table import GRADERS, accuracy, canonical_answer
 from r1jax.rewards.worth import reply_of
-from r1jax.rollout import Group, Interrupted, Sample, collect
+from r1jax.rollout import Group, Sample, collect
 from r1jax.run import (
     CURATION,
     Config,
@@ -35,6 +35,7 @@ from r1jax.run import (
     open_pool,
     open_source,
 )
+from r1jax.sampler import Interrupted
 from r1jax.types import Example
 
 # What a sample must be to be kept: filters by name, of a sample and config.curate.
@@ -200,7 +201,7 @@ def sample_parts(
                 prompts["template"], c["samples"], key, first, prompts["max_prompt_tokens"], limit,
                 tuple(config["rl"]["stop_texts"]), run.is_interrupted,
             )  # fmt: skip
-            if hosts.any_across(run.stop.requested):
+            if run.is_interrupted():
                 raise Interrupted
             return told(use, groups)
 

@@ -15,8 +15,9 @@ from r1jax.benchmarks import Named
 from r1jax.preference import Judge, judged_gap, open_judge
 from r1jax.rewards.table import check_examples
 from r1jax.rewards.worth import reply_of
-from r1jax.rollout import Group, Interrupted, Sample, as_array, encode_prompts, records
+from r1jax.rollout import Group, Sample, as_array, encode_prompts, records
 from r1jax.run import Config, Policy, Run, Stopped, check_lengths, decode_layout, make_verbs, open_pool
+from r1jax.sampler import Interrupted
 from r1jax.slots import Verbs
 from r1jax.types import Example
 

@@ -14,7 +14,7 @@ import jax
 
 from r1jax import data, draw, evaluate, hosts, metrics, overlap
 from r1jax.rewards.pool import RewardPool
-from r1jax.rollout import Group, Interrupted, collect, encode_prompts, records
+from r1jax.rollout import Group, collect, encode_prompts, records
 from r1jax.run import (
     EVALUATION,
     Config,
@@ -27,6 +27,7 @@ from r1jax.run import (
     open_pool,
     open_source,
 )
+from r1jax.sampler import Interrupted
 from r1jax.slots import Verbs
 from r1jax.types import Example, Params
 
@@ -61,7 +62,7 @@ class HeldOut:
             limit: of completion tokens, where there is none of evaluation's own.
 
         Raises:
-            rollout.Interrupted: the run was asked to stop.
+            sampler.Interrupted: the run was asked to stop.
         """
         how = {**self.how, "max_completion_tokens": self.max_completion_tokens or limit}
         if not self.examples or self.run.summary.has({"stage": self.run.stage, "step": step, **how}):

@@ -32,8 +32,10 @@ Thing = TypeVar("Thing")
 
 # How long to wait for hosts that start later, and for one that no longer answers: jax ends all of them then.
 START_S, HEARTBEAT_S = 600, 40
-# Of a host that ends because another one failed: run the same command again (EX_TEMPFAIL of sysexits.h).
+# Run the same command again (EX_TEMPFAIL of sysexits.h): a host died, a device failed, or somebody asked to stop.
 TRY_AGAIN = 75
+# Of a device's errors those that the same program meets again: too little memory, or what cannot be compiled.
+LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 def initialize(cpu_devices: int = 1) -> None:
@@ -93,16 +95,14 @@ def _has_accelerator() -> bool:
 def together(facts: watch.Facts, said: tuple[type[Exception], ...], stopped: type[Exception]) -> Iterator[None]:
     """Inside, all hosts run or none: when one fails or dies, all others say which and why, and exit.
 
-    A host's own failure is reported before anything else of it unwinds on other hosts; its process exits as well,
-    because jax would wait for the others at its end. Nothing here touches a device.
+    All with the same code: TRY_AGAIN after a death or what `may_pass`, and 1 after any other error, where they disagree
+    or where one does not come. A host's own failure is reported before anything else of it unwinds on other hosts; its
+    process exits as well, because jax would wait for the others at its end. Nothing here touches a device.
 
     Args:
         facts: what has to be alike on all hosts; anything that JSON carries.
         said: errors that are told in one line, without a traceback.
         stopped: what all hosts raise together when they were asked to end.
-
-    Raises:
-        ValueError: the hosts disagree on the facts, or one did not come.
     """
     state = distributed.global_state
     if not jax.distributed.is_initialized() or state.num_processes == 1:
@@ -115,8 +115,8 @@ def together(facts: watch.Facts, said: tuple[type[Exception], ...], stopped: typ
     name = watch.name(state.process_id, state.num_processes)
     try:
         line = watch.join((host, port), state.process_id, name, facts, _leave)
-    except (ValueError, OSError) as error:
-        _leave(str(error) if isinstance(error, ValueError) else f"host 0 does not answer at {host}:{port}: {error}", 1)
+    except OSError as error:
+        _leave(f"host 0 does not answer at {host}:{port}: {error}", again=False)
     try:
         yield
     except stopped:
@@ -124,17 +124,23 @@ def together(facts: watch.Facts, said: tuple[type[Exception], ...], stopped: typ
         raise
     except BaseException as error:
         brief = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        line.fail(brief)
+        line.fail(brief, may_pass(error))
         if isinstance(error, said):
             print(f"r1jax: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
-        _leave(None, code=1)
+        _leave(None, may_pass(error))
     line.done()
 
 
-def _leave(cause: str | None, code: int = TRY_AGAIN) -> None:
+def may_pass(error: BaseException) -> bool:
+    """Whether the same command may get further when it is run again: a chip, or the way to another host, failed."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(LASTING)
+
+
+def _leave(cause: str | None, again: bool) -> None:
     """Ends this process at once, without jax's own good-bye, which waits for hosts that are no longer there."""
+    code = TRY_AGAIN if again else 1
     if cause is not None:
         os.write(2, f"r1jax: {cause}; this host ends as well\n".encode())
     threading.Timer(5.0, os._exit, (code,)).start()  # should another thread be stuck in a print
@@ -194,7 +200,10 @@ def sum_across(value: float) -> float:
 
 def any_across(flag: bool) -> bool:
     """Whether the flag is set on any host: how one host's SIGTERM becomes everybody's."""
-    return any(gather(bool(flag)))
+    if count() == 1:
+        return bool(flag)
+    # Not `gather`, which is two collectives: the sampler asks before each dispatch.
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
 
 
 def agree(value: Any) -> Any:
@@ -231,18 +240,13 @@ def put(tree: Any, shardings: Any) -> Any:
 
 @dataclasses.dataclass
 class Stop:
-    """Whether somebody asked this process to end; the loop reads it between two steps, by `any_across`."""
+    """Whether somebody asked this process to end."""
 
     requested: bool = False
-    _looks: int = 0
 
-    def is_agreed(self, every: int = 32) -> bool:
-        """Whether to end now, alike on all hosts, which have to call it equally often; they ask round at each
-        `every`-th call. A single process knows at once."""
-        self._looks += 1
-        if count() == 1:
-            return self.requested
-        return self._looks % every == 0 and any_across(self.requested)
+    def is_agreed(self) -> bool:
+        """Whether somebody asked any host to; all of them have to call it equally often."""
+        return any_across(self.requested)
 
 
 def on_sigterm() -> Stop:

@@ -17,8 +17,9 @@ import numpy as np
 from r1jax import evaluate, flops, grpo, hosts, metrics, minibatches, optim, sharding, updates
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import Mixture, PromptStream
-from r1jax.rollout import Group, Interrupted, as_array, majority_is_right, records
+from r1jax.rollout import Group, as_array, majority_is_right, records
 from r1jax.run import Policy, Run, Stopped, check_finite, put_rows, training_state
+from r1jax.sampler import Interrupted
 from r1jax.text import reflective_words
 from r1jax.types import Example, Params
 
@@ -213,6 +214,11 @@ def rl_loop(
         saved.save(at.step, tree, dataclasses.asdict(at))
         run.summary.write()
 
+    def heed() -> None:
+        """Only while the state is that of the rollout's beginning: a position inside a rollout cannot be saved."""
+        if run.is_interrupted():
+            raise Interrupted
+
     compiler, compiling = futures.ThreadPoolExecutor(1, "compile"), None
     if moves.compile is not None and at.step < settings.updates:
         compiling = compiler.submit(moves.compile, like)
@@ -233,8 +239,9 @@ def rl_loop(
             with clock("layout"):
                 weights = moves.to_decode(state["policy"])
             with clock("rollout"):
-                groups, at.cursor, drawn = _sample(moves, weights, stream, settings, at, limit)
+                groups, cursor, drawn = _sample(moves, weights, stream, settings, at, limit)
             del weights  # else they lie beside the updates
+            heed()
             seconds = clock.take()
             scalars = rollout_metrics(groups, drawn, limit, seconds["time/rollout_s"]) | seconds
             with clock("advantages"):
@@ -281,6 +288,9 @@ def rl_loop(
                         batch = moves.prepare(state, batch, n)
                 batches.append((batch, n))
             del scoring, old  # as the weights above
+            with clock("update"):  # which would wait for them if this did not
+                jax.block_until_ready(batches)
+            heed()
             for j, (batch, n) in enumerate(batches):
                 with clock("update"):
                     state, sums = moves.update(state, batch, n, j == 0)
@@ -297,15 +307,15 @@ def rl_loop(
                 if at.step % shown["sample_every"] == 0:
                     s = groups[at.step // shown["sample_every"] % len(groups)][0]
                     progress.sample(at.step, s.prompt, s.text, s.graded.reward)
-            at.rollout += 1
-            stopping = hosts.any_across(run.stop.requested)
+            at.rollout, at.cursor = at.rollout + 1, cursor
+            stopping = run.is_interrupted()
             if at.step // saved.save_every > saved_at // saved.save_every or at.step >= settings.updates or stopping:
                 save()
                 saved_at = at.step
             if stopping:
                 raise Interrupted
     except Interrupted as stopped:
-        # While sampling, the state is still that of the rollout's beginning.
+        # Before its first update, the state is still that of the rollout's beginning.
         save()
         saved.wait()
         raise Stopped from stopped

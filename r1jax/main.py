@@ -13,6 +13,7 @@ import pathlib
 import platform
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 
 from absl import app, flags, logging
@@ -132,6 +133,11 @@ def main(argv: list[str]) -> None:
     except SAID as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"r1jax: {error}")
+    except RuntimeError as error:  # a device's
+        if not hosts.may_pass(error):
+            raise
+        traceback.print_exc()
+        sys.exit(hosts.TRY_AGAIN)
 
 
 def cli() -> None:

@@ -126,7 +126,7 @@ def run_steps(
             log.write(step, scalars)
             progress.step(step, scalars)
             check_finite(state["optim"], settings.non_finite_limit)
-            stopping = hosts.any_across(run.stop.requested)
+            stopping = run.is_interrupted()
             if saved.due(step) or step == schedule.steps or stopping:
                 saved.save(step, state, {})
             if stopping:

@@ -197,6 +197,7 @@ def reinforce(
             groups = collect(
                 verbs, weights, policy.tokenizer, pool, examples, prompts["template"], settings.group_size, branch,
                 cursor, max_prompt_tokens, limit, settings.stop_texts, run.is_interrupted,
+                with_experts=made.shape.replay,
             )  # fmt: skip
             return general.judge(groups) if general else groups
 

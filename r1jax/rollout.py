@@ -34,10 +34,6 @@ class Sample:
 Group = list[Sample]
 
 
-class Interrupted(Exception):
-    """The run was asked to stop while it sampled."""
-
-
 def encode_prompts(
     examples: Sequence[Example], template: str, tokenizer: Tokenizer, max_prompt_tokens: int, opening: str = ""
 ) -> list[tuple[str, tuple[int, ...]]]:
@@ -96,17 +92,22 @@ def collect(
     stop_texts: Sequence[str] = (),
     is_interrupted: Callable[[], bool] = lambda: False,
     opening: str = "",
+    with_experts: bool = False,
 ) -> list[Group]:
     """Samples `group_size` completions of each example and grades them.
 
     Args:
         params: in the decode layout.
         first_prompt: number of the first example in the run's order; it names its random draws.
-        is_interrupted: looked at between completions; when true, `Interrupted` is raised.
+        is_interrupted, with_experts: see `sampler.sample`.
         opening: what every completion is made to begin with; part of its text, not of its tokens.
 
     Returns:
         One group per example, members in order.
+
+    Raises:
+        sampler.Interrupted: the run was asked to stop. What is being graded is left in the pool, which nobody may use
+            any more: waiting for it would take of the time that is given to save.
     """
     prompts = encode_prompts(examples, template, tokenizer, max_prompt_tokens, opening)
     requests = [Request(first_prompt + i, m, ids) for i, (_, ids) in enumerate(prompts) for m in range(group_size)]
@@ -114,7 +115,10 @@ def collect(
     find_stop = stop_text_finder(tokenizer, stop_texts)
     completions: dict[int, tuple[Completion, str]] = {}
     graded: dict[int, Graded] = {}
-    for completion in sample_requests(verbs, params, requests, rollout_key, max_completion_tokens, find_stop):
+    for completion in sample_requests(
+        verbs, params, requests, rollout_key, max_completion_tokens, find_stop,
+        is_interrupted=is_interrupted, with_experts=with_experts,
+    ):  # fmt: skip
         i = completion.prompt - first_prompt
         ticket = i * group_size + completion.member
         text = forced(prompts[i][0], opening) + completion_text(tokenizer, completion)
@@ -122,9 +126,6 @@ def collect(
         if i in mine:
             pool.submit(ticket, prompts[i][0], text, examples[i])
         graded.update((g.ticket, g) for g in pool.poll())
-        if is_interrupted():
-            graded.update((g.ticket, g) for g in pool.drain())
-            raise Interrupted
     graded.update((g.ticket, g) for g in pool.drain())
     for records in hosts.gather([dataclasses.asdict(g) for g in graded.values()]) if hosts.count() > 1 else ():
         graded.update((r["ticket"], Graded(**{**r, "flags": tuple(r["flags"])})) for r in records)

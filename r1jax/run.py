@@ -42,7 +42,7 @@ class Run:
     policy_of: Callable[[str], "Policy"] | None = None
 
     def is_interrupted(self) -> bool:
-        """Whether to leave off while sampling; several hosts have to ask equally often."""
+        """Whether to leave off now, alike on all hosts, which have to ask equally often."""
         return self.stop.is_agreed()
 
 

@@ -17,6 +17,10 @@ from r1jax.slots import Prefix, Verbs
 from r1jax.types import Completion, Params, Request
 
 
+class Interrupted(Exception):
+    """The run was asked to stop while it sampled."""
+
+
 def sample(
     verbs: Verbs,
     params: Params,
@@ -25,6 +29,8 @@ def sample(
     max_completion_tokens: int,
     is_stopped: Callable[[list[int]], int | None] = lambda tokens: None,
     prompt_tokens: int = 0,
+    is_interrupted: Callable[[], bool] = lambda: False,
+    with_experts: bool = False,
 ) -> Iterator[Completion]:
     """Samples all requests and yields completions as they finish.
 
@@ -35,8 +41,16 @@ def sample(
         is_stopped: given a completion's tokens, how many of them to keep if a stop text has come up, else None.
         prompt_tokens: what prompts are padded to if none is longer; a call with prompts of another length is another
             program.
+        is_interrupted: asked before each dispatch, which all hosts run alike.
+        with_experts: whether completions name the experts that were chosen, a kilobyte per token of DeepSeek-V3's.
+
+    Raises:
+        Interrupted: `is_interrupted` said so; what was drawn is lost.
     """
-    return _Loop(verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens).run()
+    return _Loop(
+        verbs, params, requests, rollout_key, max_completion_tokens, is_stopped, prompt_tokens, is_interrupted,
+        with_experts,
+    ).run()  # fmt: skip
 
 
 def buckets(smallest: int, longest: int) -> list[int]:
@@ -59,9 +73,12 @@ class _Loop:
         max_completion_tokens: int,
         is_stopped: Callable[[list[int]], int | None],
         prompt_tokens: int,
+        is_interrupted: Callable[[], bool],
+        with_experts: bool,
     ) -> None:
         config = verbs.config
         self.verbs, self.params, self.key, self.is_stopped = verbs, params, rollout_key, is_stopped
+        self.is_interrupted, self.with_experts = is_interrupted, with_experts
         self.limit, self.pending = max_completion_tokens, list(reversed(requests))
         longest = max(prompt_tokens, *(len(r.tokens) for r in requests))
         # Prompts are padded to one length per call: each other length would be another program.
@@ -88,6 +105,7 @@ class _Loop:
 
     def run(self) -> Iterator[Completion]:
         while True:
+            self._heed()
             free = [i for i, held in enumerate(self.held) if held is None]
             if self.pending and free:
                 yield from self._fill(free)
@@ -98,6 +116,10 @@ class _Loop:
                 continue
             self._fit(live)
             yield from self._generate()
+
+    def _heed(self) -> None:
+        if self.is_interrupted():
+            raise Interrupted
 
     def _fill(self, free: list[int]) -> Iterator[Completion]:
         taken = [self.pending.pop() for _ in range(min(len(free), len(self.pending)))]
@@ -120,7 +142,7 @@ class _Loop:
                 self.held[slot] = Completion(r.prompt, r.member, np.zeros(0, np.int32), np.zeros(0, np.float32), "")
                 read = self.prefixes[r.prompt][2]
                 self.tokens[slot], self.logp[slot] = [int(tokens[slot])], [float(logp[slot])]
-                self.experts[slot] = [] if read is None else [read[: len(r.tokens)]]
+                self.experts[slot] = [] if read is None else [read]
                 self.prompt_tokens[slot], self.limits[slot] = len(r.tokens), self._limit(r)
                 self.cancel[slot] = False
                 if (completion := self._finished(slot)) is not None:
@@ -140,6 +162,7 @@ class _Loop:
                 new[r.prompt] = r.tokens
         names = list(new)
         for start in range(0, len(names), n_rows):
+            self._heed()
             batch = names[start : start + n_rows]
             tokens = np.zeros((n_rows, self.prompt_length), np.int32)
             lengths = np.ones(n_rows, np.int32)
@@ -147,10 +170,12 @@ class _Loop:
                 tokens[row, : len(new[name])], lengths[row] = new[name], len(new[name])
             prefix = self.verbs.prefill(self.params, jnp.asarray(tokens), jnp.asarray(lengths))
             read = None
-            if prefix.experts is not None:
+            if self.with_experts and prefix.experts is not None:
                 read = hosts.fetch(prefix.experts).astype(np.int16).transpose(1, 2, 0, 3)
             for row, name in enumerate(batch):
-                self.prefixes[name] = prefix, row, None if read is None else read[row]
+                # A copy: a view would keep what was read of all these prompts, as far as they are padded.
+                mine = None if read is None else read[row, : lengths[row]].copy()
+                self.prefixes[name] = prefix, row, mine
 
     def _cache_length(self) -> int:
         return jax.tree.leaves(self.slots.cache)[0].shape[self.verbs.length_axis]
@@ -208,7 +233,7 @@ class _Loop:
         )
         self.cancel[:] = False
         tokens, logp, is_new = (hosts.fetch(a) for a in (drawn.tokens, drawn.logp, drawn.is_new))
-        experts = None if drawn.experts is None else hosts.fetch(drawn.experts)
+        experts = hosts.fetch(drawn.experts) if self.with_experts and drawn.experts is not None else None
         counts = is_new.sum(0)
         assert counts[live].all(), "a dispatch draws at least one token for every live slot, or this would never end"
         for slot in live:
@@ -216,7 +241,8 @@ class _Loop:
             self.tokens[slot] += tokens[:n, slot].tolist()
             self.logp[slot] += logp[:n, slot].tolist()
             if experts is not None:
-                self.experts[slot].append(experts[:n, :, slot])
+                # A copy: a view would keep what all slots drew, as long as this one lives.
+                self.experts[slot].append(experts[:n, :, slot].copy())
             if (completion := self._finished(slot)) is not None:
                 yield completion
 
@@ -231,6 +257,7 @@ class _Loop:
         self.held[slot] = None
         n = len(tokens) if cut is None else cut
         experts = np.concatenate(self.experts[slot])[: self.prompt_tokens[slot] + n - 1] if self.experts[slot] else None
+        self.experts[slot] = []
         return dataclasses.replace(
             held,
             tokens=np.asarray(tokens[:n], np.int32),

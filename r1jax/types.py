@@ -32,7 +32,8 @@ class Completion:
     """One sampled completion with what the sampler knew of each of its tokens.
 
     tokens [C] include the stop token when one was drawn; logp [C] are natural logs under the sampling policy;
-    experts [P + C - 1, L, K] are the experts chosen while prompt and completion were read (None for a dense policy).
+    experts [P + C - 1, L, K] are the experts chosen while prompt and completion were read (None for a dense policy, or
+    where nobody asked for them).
     """
 
     prompt: int

@@ -3,7 +3,8 @@
 A collective whose partner is gone hangs (TPU) or fails on every host at once (CPU, GPU), and then nobody says whose
 fault it was. So each process holds one TCP connection to a hub, a thread of host 0: the kernel closes it when a process
 dies, and its keep-alives notice a machine that is gone, whatever the main thread is busy with. The hub tells everybody
-the first cause, and all exit. Knows sockets and nothing of jax.
+the first cause and whether the same command may get further when it is run again, and all exit. Knows sockets and
+nothing of jax.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from typing import Any
 
 # A death makes the others fail too, and their report may be here first.
 GRACE_S = 1.0
+# Causes, the likeliest first: a death explains an error elsewhere, and either one explains that a collective broke.
+DEATH, ERROR, DEVICE = range(3)
 # For a machine that vanished without closing its connection: found after 10 + 4 x 5 seconds.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -62,16 +65,21 @@ def _send(connection: socket.socket, message: Message) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
+def _stop(cause: str, index: int = -1, again: bool = False) -> Message:
+    """The hub's last word where all have to end; `index` is the host that is the cause."""
+    return {"kind": "stop", "index": index, "cause": cause, "again": again}
+
+
 def serve(listener: socket.socket, count: int, join_s: float) -> None:
     """The hub: until all `count` hosts are done, or one of them failed and all know it. `join_s`: to wait for all."""
     members: dict[socket.socket, _Member] = {}
-    causes: list[tuple[int, int, int, str]] = []  # a death (0) before an error (1), then in order of arrival
+    causes: list[tuple[int, int, int, str]] = []  # the likeliest kind first, then in order of arrival
     verdict_s, begin_s = 0.0, time.monotonic() + join_s
 
-    def blame(rank: int, member: _Member, text: str) -> None:
+    def blame(kind: int, member: _Member, text: str) -> None:
         nonlocal verdict_s
         verdict_s = verdict_s or time.monotonic() + GRACE_S
-        causes.append((rank, len(causes), member.index, f"{member.name} {text}"))
+        causes.append((kind, len(causes), member.index, f"{member.name} {text}"))
         member.has_failed = True
 
     def hear(member: _Member, message: Message) -> None:
@@ -81,11 +89,11 @@ def serve(listener: socket.socket, count: int, join_s: float) -> None:
                 joined = sorted((m for m in members.values() if m.facts is not None), key=lambda m: m.index)
                 if len(joined) == count:
                     if differs := difference([(m.name, m.facts) for m in joined]):
-                        tell({"kind": "stop", "index": -1, "cause": differs})
+                        tell(_stop(differs))
                     else:
                         tell({"kind": "start"})
             case "error":
-                blame(1, member, f"failed: {message['text']}")
+                blame(DEVICE if message["again"] else ERROR, member, f"failed: {message['text']}")
             case "done":
                 member.is_done = True
 
@@ -111,7 +119,7 @@ def serve(listener: socket.socket, count: int, join_s: float) -> None:
                 del members[connection]
                 connection.close()
             elif not member.is_done and not member.has_failed:
-                blame(0, member, "died (killed, out of memory, or its machine is gone)")
+                blame(DEATH, member, "died (killed, out of memory, or its machine is gone)")
 
     with selectors.DefaultSelector() as selector, listener:
         selector.register(listener, selectors.EVENT_READ)
@@ -127,11 +135,11 @@ def serve(listener: socket.socket, count: int, join_s: float) -> None:
             joined = {m.index for m in members.values() if m.facts is not None}
             if len(joined) < count and time.monotonic() > begin_s:
                 missing = ", ".join(str(i) for i in range(count) if i not in joined)
-                tell({"kind": "stop", "index": -1, "cause": f"of {count} hosts {missing} did not come in {join_s} s"})
+                tell(_stop(f"of {count} hosts {missing} did not come in {join_s} s"))
                 return
             if causes and time.monotonic() >= verdict_s:
-                _, _, index, cause = min(causes)
-                tell({"kind": "stop", "index": index, "cause": cause})
+                kind, _, index, cause = min(causes)
+                tell(_stop(cause, index, again=kind != ERROR))
                 return
             if len(joined) == count and all(m.is_done for m in members.values()):
                 tell({"kind": "end"})
@@ -147,9 +155,12 @@ class Line:
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
     is_mine: bool = False
 
-    def fail(self, text: str) -> None:
-        """Tells the hub that this host failed; returns if that is the first cause, else the process ends meanwhile."""
-        _send(self.connection, {"kind": "error", "text": text})
+    def fail(self, text: str, again: bool = False) -> None:
+        """Tells the hub that this host failed; returns if that is the first cause, else the process ends meanwhile.
+
+        `again`: whether it may get further when it is run again, such as after a device's failure.
+        """
+        _send(self.connection, {"kind": "error", "text": text, "again": again})
         self.ended.wait(60)
 
     def done(self) -> None:
@@ -163,15 +174,15 @@ def _messages(connection: socket.socket) -> Iterator[Message]:
         yield from map(json.loads, lines)
 
 
-def join(address: tuple[str, int], index: int, name: str, facts: Facts, leave: Callable[[str], Any]) -> Line:
+def join(address: tuple[str, int], index: int, name: str, facts: Facts, leave: Callable[[str, bool], Any]) -> Line:
     """Connects, waits until all hosts are there and agree on `facts`, and listens from then on.
 
     Args:
         name: what the others call this host.
-        leave: called with the cause, from another thread, when a host failed; it has to end the process.
+        leave: called when the hosts disagree, one did not come, or one failed (then from another thread) with the cause
+            and whether the same command may get further when it is run again; it has to end the process.
 
     Raises:
-        ValueError: the hosts disagree, or some did not come.
         OSError: the hub cannot be reached.
     """
     line = Line(socket.create_connection(address, timeout=60), index)
@@ -179,16 +190,15 @@ def join(address: tuple[str, int], index: int, name: str, facts: Facts, leave: C
     _keep_alive(line.connection)
     _send(line.connection, {"kind": "hello", "index": index, "name": name, "facts": facts})
     heard = _messages(line.connection)
-    if (first := next(heard, {"kind": "stop", "cause": "host 0 died while the hosts came together"}))[
-        "kind"
-    ] != "start":
-        raise ValueError(first["cause"])
+    first = next(heard, _stop("host 0 died while the hosts came together", 0, again=True))
+    if first["kind"] == "stop":
+        leave(first["cause"], first["again"])
 
     def listen() -> None:
-        last = next(heard, {"kind": "stop", "index": 0, "cause": "host 0 died (killed, out of memory, or unreachable)"})
+        last = next(heard, _stop("host 0 died (killed, out of memory, or unreachable)", 0, again=True))
         line.is_mine = last["kind"] == "stop" and last["index"] == index
         if last["kind"] == "stop" and not line.is_mine:
-            leave(last["cause"])
+            leave(last["cause"], last["again"])
         line.ended.set()
 
     threading.Thread(target=listen, name="watch", daemon=True).start()

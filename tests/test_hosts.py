@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from r1jax import hosts
+from r1jax import hosts, main, pipeline
 from r1jax.checkpoint import Checkpoints
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -45,15 +48,6 @@ def test_parts_are_disjoint_and_cover(monkeypatch):
         monkeypatch.setattr(hosts, "index", lambda i=i: i)
         parts += hosts.my_part(range(10))
     assert sorted(parts) == list(range(10))
-
-
-def test_several_hosts_ask_round_now_and_then(monkeypatch):
-    asked = []
-    monkeypatch.setattr(hosts, "count", lambda: 2)
-    monkeypatch.setattr(hosts, "any_across", lambda flag: asked.append(flag) or True)  # the other host was asked to end
-    stop = hosts.Stop()
-    assert [stop.is_agreed(3) for _ in range(6)] == [False, False, True] * 2
-    assert asked == [False, False]
 
 
 def test_fetch_outlives_donation_and_put_is_its_inverse():
@@ -146,7 +140,8 @@ def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
 
 
-def one_of_two(index: int, port: int, folder: str) -> None:
+def begin(index: int, port: int) -> None:
+    """Makes this process one host of two, with two devices."""
     del os.environ["XLA_FLAGS"]
     os.environ |= {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -154,6 +149,28 @@ def one_of_two(index: int, port: int, folder: str) -> None:
         "JAX_PROCESS_ID": str(index),
     }
     hosts.initialize(cpu_devices=2)
+
+
+def exit_codes(function: Callable, *given: object) -> list[int]:
+    """How two processes end that call `function` with their index, a port and what is given."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    children = [PROCESSES.Process(target=function, args=(i, port, *given)) for i in range(2)]
+    for child in children:
+        child.start()
+    give_up_s = time.monotonic() + 300
+    while {child.exitcode for child in children} in ({None}, {0, None}) and time.monotonic() < give_up_s:
+        time.sleep(0.05)
+    for child in children:  # one that fails may leave the other waiting
+        child.join(10)
+        child.kill()
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def one_of_two(index: int, port: int, folder: str) -> None:
+    begin(index, port)
     hosts.initialize()  # harmless
     assert (hosts.index(), hosts.count(), hosts.is_writer()) == (index, 2, index == 0)
 
@@ -164,6 +181,7 @@ def one_of_two(index: int, port: int, folder: str) -> None:
     assert hosts.sum_across(2**53 + index) == 2**54 + 1
     assert hosts.agree(index) == 0
     assert hosts.any_across(index == 1) and not hosts.any_across(False)
+    assert hosts.Stop(requested=index == 1).is_agreed() and not hosts.Stop().is_agreed()
 
     rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -187,20 +205,54 @@ def one_of_two(index: int, port: int, folder: str) -> None:
     jax.distributed.shutdown()  # jax does it at exit, which multiprocessing skips
 
 
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: the accelerator halted"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate"), False),
+        (ValueError("of its own"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_devices_failure_may_pass_and_errors_come_again(error, may_pass):
+    assert hosts.may_pass(error) == may_pass
+
+
+@pytest.mark.parametrize(("text", "code"), [("INTERNAL: the accelerator halted", 75), ("RESOURCE_EXHAUSTED: of", None)])
+def test_the_command_asks_for_another_try_where_a_device_failed(monkeypatch, text, code):
+    def fail(*given: object) -> None:
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=ConfigDict({"cpu_devices": 1})))
+    monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value="nowhere"))
+    monkeypatch.setattr(pipeline, "execute", fail)
+    with pytest.raises(SystemExit if code else jax.errors.JaxRuntimeError) as ended:
+        main.main([])
+    assert getattr(ended.value, "code", None) == code
+
+
+def fails_beside_another(index: int, port: int, errors: list[Exception | None]) -> None:
+    begin(index, port)
+    with hosts.together({}, (ValueError,), InterruptedError):
+        if errors[index]:
+            raise errors[index]
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("errors", "code"),
+    [
+        ([None, ValueError("of its own")], 1),
+        ([ValueError("of its own"), None], 1),
+        ([None, jax.errors.JaxRuntimeError("INTERNAL: the accelerator halted")], hosts.TRY_AGAIN),
+    ],
+)
+def test_all_hosts_end_with_one_code(errors, code):
+    assert exit_codes(fails_beside_another, errors) == [code] * 2
+
+
 def test_two_processes_act_as_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    children = [PROCESSES.Process(target=one_of_two, args=(i, port, str(tmp_path))) for i in range(2)]
-    for child in children:
-        child.start()
-    give_up_s = time.monotonic() + 300
-    while {child.exitcode for child in children} in ({None}, {0, None}) and time.monotonic() < give_up_s:
-        time.sleep(0.05)
-    for child in children:  # one that fails leaves the other waiting
-        child.kill()
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0]
+    assert exit_codes(one_of_two, str(tmp_path)) == [0, 0]
     # What two processes saved, one restores, and it knows when a part by the other is missing.
     alone = Checkpoints(tmp_path, save_every=1, keep=1)
     like = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}

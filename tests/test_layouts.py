@@ -97,7 +97,9 @@ def sampled(config: ModelConfig, params: Params, layout: sharding.Layout) -> dic
     verbs.prefill, verbs.insert, verbs.generate = jit(verbs.prefill), jit(verbs.insert), jit(verbs.generate)
     weights = sharding.reshard(params, run.param_shardings(config, layout))
     requests = [Request(i, member, ids) for i, ids in enumerate(PROMPTS) for member in range(4)]
-    return {(c.prompt, c.member): c for c in sample(verbs, weights, requests, jax.random.key(3), LIMIT)}
+    return {
+        (c.prompt, c.member): c for c in sample(verbs, weights, requests, jax.random.key(3), LIMIT, with_experts=True)
+    }
 
 
 @pytest.fixture(scope="module")

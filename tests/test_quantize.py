@@ -114,7 +114,9 @@ def sampled(config: ModelConfig, weights: Params, layout: sharding.Layout, tempe
     verbs = Verbs(config, sizes, DrawConfig(temperature), layout, [7], paths=paths)
     verbs.prefill, verbs.insert, verbs.generate = jit(verbs.prefill), jit(verbs.insert), jit(verbs.generate)
     requests = [Request(i, member, ids) for i, ids in enumerate(PROMPTS) for member in range(4)]
-    return {(c.prompt, c.member): c for c in sample(verbs, weights, requests, jax.random.key(3), LIMIT)}
+    return {
+        (c.prompt, c.member): c for c in sample(verbs, weights, requests, jax.random.key(3), LIMIT, with_experts=True)
+    }
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import pytest
 from tiny import one_device
 from tiny_run import STAGE, arguments, command, execute, make_config, make_policy, metrics, outcome, run_main
 
-from r1jax import hosts, loops, pipeline, rollout, run
+from r1jax import hosts, loops, minibatches, pipeline, rollout, run, sampler
 from r1jax.checkpoint import latest_step
+from r1jax.rewards.pool import RewardPool
 from r1jax.run import Stopped
 
 
@@ -76,6 +77,8 @@ def test_a_run_cut_short_at_every_move_ends_like_one_that_was_not(straight, tmp_
     for module, name, number, saved in (
         (rollout, "completion_text", 2, 0),  # in the base's evaluation
         (rollout, "completion_text", 12 + 7, 0),  # in the sampling of rollout 0
+        (loops, "rollout_metrics", 1, 0),  # between its sampling and its first update
+        (minibatches, "pack", 2, 0),
         (loops, "update_metrics", 1, 2),  # after the first of the two updates of rollout 0
         (rollout, "completion_text", 16 + 3, 4),  # in the sampling of rollout 2, after rollout 1
     ):
@@ -95,6 +98,16 @@ def test_a_run_cut_short_at_every_move_ends_like_one_that_was_not(straight, tmp_
 
     execute(config, tmp_path)
     assert outcome(tmp_path) == outcome(undisturbed)
+
+
+def test_a_signal_while_tokens_are_drawn_waits_for_no_completion_and_no_grade(straight, tmp_path, monkeypatch):
+    stop, waited = hosts.Stop(), []
+    at_call(monkeypatch, sampler._Loop, "_generate", 1, lambda: setattr(stop, "requested", True))
+    monkeypatch.setattr(rollout, "completion_text", lambda *_: waited.append("completion") or "")
+    monkeypatch.setattr(RewardPool, "drain", lambda _: waited.append("grade") or [])
+    with pytest.raises(Stopped):
+        execute(make_config(straight[0], eval__problems=0), tmp_path, stop)
+    assert not waited and latest_step(tmp_path / "checkpoints" / STAGE) == 0
 
 
 @pytest.mark.slow

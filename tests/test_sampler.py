@@ -15,7 +15,7 @@ from r1jax.draw import DrawConfig, draw, sample_keys, uniforms
 from r1jax.model import transformer
 from r1jax.model.config import ModelConfig
 from r1jax.rollout import stop_text_finder
-from r1jax.sampler import buckets, sample
+from r1jax.sampler import Interrupted, _Loop, buckets, sample
 from r1jax.slots import SamplerConfig, Verbs
 from r1jax.types import Completion, Params, Request
 
@@ -42,7 +42,7 @@ def verbs(config: ModelConfig, sizes: SamplerConfig, drawing: DrawConfig = DRAWI
 
 def run(made: Verbs, params: Params, requests=REQUESTS, limit=LIMIT, **given) -> dict[tuple[int, int], Completion]:
     out = {}
-    for c in sample(made, params, requests, KEY, limit, **given):
+    for c in sample(made, params, requests, KEY, limit, **given, with_experts=True):
         assert (c.prompt, c.member) not in out
         out[c.prompt, c.member] = c
     assert set(out) == {(r.prompt, r.member) for r in requests}
@@ -214,3 +214,39 @@ def test_sizes_that_do_not_fit_the_mesh_name_the_key(key: str) -> None:
         Verbs(DEEPSEEK, sizes, DRAWING, layout, [STOP])
     with pytest.raises(ValueError, match=f"config.sampler.{key} is 0"):
         dataclasses.replace(sizes, **{key: 0})
+
+
+def test_of_a_dispatch_only_what_live_slots_drew_stays_in_memory(few: tuple[Verbs, dict], params: Params) -> None:
+    loop = _Loop(few[0], params, REQUESTS, KEY, LIMIT, lambda tokens: None, 0, lambda: False, with_experts=True)
+    each, most = DEEPSEEK.n_moe * DEEPSEEK.num_experts_per_tok * 2, 0
+    for _ in loop.run():
+        kept = [part for parts in loop.experts for part in parts] + [read for _, _, read in loop.prefixes.values()]
+        assert all(part.base is None and part.flags.c_contiguous for part in kept)
+        held = [i for i, one in enumerate(loop.held) if one is not None]
+        drawn = sum(loop.prompt_tokens[i] + len(loop.tokens[i]) - 1 for i in held)
+        assert sum(part.nbytes for parts in loop.experts for part in parts) <= each * drawn
+        most = max(most, drawn)
+    assert most > LIMIT
+
+
+def test_experts_are_fetched_only_where_somebody_asks_for_them(few: tuple[Verbs, dict], params: Params) -> None:
+    for found in sample(few[0], params, REQUESTS[:4], KEY, LIMIT):
+        want = few[1][found.prompt, found.member]
+        assert found.experts is None and want.experts is not None
+        np.testing.assert_array_equal(found.tokens, want.tokens)
+
+
+@pytest.mark.parametrize("dispatches", [0, 1, 4])
+def test_asked_before_each_dispatch_it_ends_before_any_completion_has(dispatches: int, params: Params) -> None:
+    made = verbs(DEEPSEEK, SamplerConfig(slots=4, tokens_per_dispatch=1, cache_bucket=64, prefill_prompts=4))
+    ran, generate = [], made.generate
+
+    def counted(*given: object) -> tuple:
+        ran.append(None)
+        return generate(*given)
+
+    made.generate = counted
+    found = sample(made, params, REQUESTS[:4], KEY, LIMIT, is_interrupted=lambda: len(ran) == dispatches)
+    with pytest.raises(Interrupted):
+        next(found)
+    assert len(ran) == dispatches

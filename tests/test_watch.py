@@ -21,21 +21,17 @@ from r1jax import watch
 port, index, count, facts, end = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 port = port or watch.listen(count, 20)
 print(port, flush=True)
-def leave(cause):
+def leave(cause, again):
     print("left:", cause, flush=True)
-    os._exit(75)
-try:
-    line = watch.join(("localhost", port), index, watch.name(index, count), {"config.seed": facts, "x": 1}, leave)
-except ValueError as error:
-    print("refused:", error, flush=True)
-    sys.exit(1)
+    os._exit(75 if again else 1)
+line = watch.join(("localhost", port), index, watch.name(index, count), {"config.seed": facts, "x": 1}, leave)
 print("begun", flush=True)
 if end == "done":
     line.done()
-elif end == "fail":
-    line.fail("ValueError: of its own")
+elif end in ("error", "device"):
+    line.fail("of its own", again=end == "device")
     print("failed first", flush=True)
-    os._exit(1)
+    os._exit(3)
 else:
     time.sleep(60)
 """
@@ -74,17 +70,18 @@ def test_a_killed_host_is_named_by_all_others_at_once(victim):
         assert code == 75 and re.match(rf"left: host {victim}( of 4 \(.*, process {started[victim].pid}\))? died", text)
 
 
-def test_the_first_failure_is_everybodys_cause():
-    first, *others = reversed(ends(hosts(["sleep", "sleep", "fail"])))
-    assert first == (1, "begun\nfailed first\n")
+@pytest.mark.parametrize(("end", "want"), [("error", 1), ("device", 75)])
+def test_the_first_failure_is_everybodys_cause_and_says_whether_to_try_again(end, want):
+    first, *others = reversed(ends(hosts(["sleep", "sleep", end])))
+    assert first == (3, "begun\nfailed first\n")
     for code, text in others:
-        assert code == 75 and re.search(r"left: host 2 of 3 .* failed: ValueError: of its own", text)
+        assert code == want and re.search(r"left: host 2 of 3 .* failed: of its own", text)
 
 
 def test_hosts_that_disagree_do_not_begin():
     for code, text in ends(hosts(["sleep"] * 3, ["0", "0", "1"])):
         assert code == 1 and "begun" not in text
-        assert re.search(r'refused: host 2 of 3 .* disagrees with host 0 .*: config.seed is "1" there, "0" here$', text)
+        assert re.search(r'left: host 2 of 3 .* disagrees with host 0 .*: config.seed is "1" there, "0" here$', text)
 
 
 def test_a_difference_names_what_is_missing_and_how_much_more_differs():
@@ -95,30 +92,59 @@ def test_a_difference_names_what_is_missing_and_how_much_more_differs():
 
 
 def test_a_host_that_does_not_come_is_named():
-    port = watch.listen(3, 0.5)
-    with pytest.raises(ValueError, match=r"of 3 hosts 0, 2 did not come in 0\.5 s"):
-        watch.join(("localhost", port), 1, "one", {}, pytest.fail)
+    with pytest.raises(Left, match=r"'of 3 hosts 0, 2 did not come in 0\.5 s', False"):
+        watch.join(("localhost", watch.listen(3, 0.5)), 1, "one", {}, leave)
+
+
+def test_a_host_that_dies_before_all_are_there_is_a_death():
+    port = watch.listen(3, 20)
+    raw(port, 2).close()
+    with pytest.raises(Left, match=r"'host 2 died .*', True"):
+        watch.join(("localhost", port), 1, "one", {}, leave)
+
+
+class Left(Exception):
+    """What `leave` makes of an end."""
+
+
+def leave(*given: object) -> None:
+    raise Left(*given)
+
+
+def raw(port: int, index: int) -> socket.socket:
+    """A host that says what it is told to."""
+    connection = socket.create_connection(("localhost", port))
+    say(connection, kind="hello", index=index, name=f"host {index}", facts={})
+    return connection
+
+
+def say(connection: socket.socket, **message: object) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def test_a_broken_collective_is_not_the_cause_where_an_error_explains_it():
+    left, port = [], watch.listen(3, 20)
+    broken, wrong = raw(port, 0), raw(port, 2)
+    line = watch.join(("localhost", port), 1, "host 1", {}, lambda *given: left.append(given))
+    say(broken, kind="error", text="JaxRuntimeError: connection closed by peer", again=True)
+    say(wrong, kind="error", text="ValueError: of its own", again=False)
+    assert line.ended.wait(20) and left == [("host 2 failed: ValueError: of its own", False)]
+    broken.close()
+    wrong.close()
 
 
 def test_a_death_is_the_cause_even_if_its_victims_report_first():
     left = []
     port = watch.listen(3, 20)
-
-    def raw(index: int) -> socket.socket:
-        connection = socket.create_connection(("localhost", port))
-        connection.sendall(json.dumps({"kind": "hello", "index": index, "name": f"host {index}", "facts": {}}).encode())
-        connection.sendall(b"\n")
-        return connection
-
     stray = socket.create_connection(("localhost", port))  # somebody who scans ports
     stray.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    zero, dying = raw(0), raw(2)
-    line = watch.join(("localhost", port), 1, "host 1", {}, left.append)
+    zero, dying = raw(port, 0), raw(port, 2)
+    line = watch.join(("localhost", port), 1, "host 1", {}, lambda *given: left.append(given))
     failing = threading.Thread(target=line.fail, args=("JaxRuntimeError: connection closed by peer",))
     failing.start()
     time.sleep(0.3)
     dying.close()
     failing.join(20)
-    assert left == ["host 2 died (killed, out of memory, or its machine is gone)"]
+    assert left == [("host 2 died (killed, out of memory, or its machine is gone)", True)]
     zero.close()
     stray.close()

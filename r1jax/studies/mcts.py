@@ -14,8 +14,9 @@ import numpy as np
 
 from r1jax import curate, hosts
 from r1jax.rewards.pool import RewardPool
-from r1jax.rollout import Group, Interrupted
+from r1jax.rollout import Group
 from r1jax.run import EVALUATION, Config, Policy, Run, Stopped, open_pool
+from r1jax.sampler import Interrupted
 from r1jax.studies import rerank, tree, values
 from r1jax.studies.prm import MEASURE, candidates_of, chance, report, sample_held_out
 from r1jax.studies.segments import Start, Writer, grade, open_writer, step_marks

@@ -17,8 +17,9 @@ import numpy as np
 from r1jax import curate, hosts
 from r1jax.held_out import prepare
 from r1jax.reinforce import General, reinforce
-from r1jax.rollout import Group, Interrupted, Sample
+from r1jax.rollout import Group, Sample
 from r1jax.run import CURATION, Config, Policy, Run, Stopped, decode_layout, open_pool
+from r1jax.sampler import Interrupted
 from r1jax.studies import rerank, values
 from r1jax.studies.segments import Start, open_writer, step_ends, step_marks, success_after
 

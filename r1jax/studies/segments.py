@@ -9,7 +9,6 @@ import numpy as np
 
 from r1jax import draw, hosts
 from r1jax.rewards.pool import Graded, RewardPool
-from r1jax.rollout import Interrupted
 from r1jax.run import Config, Policy, Run, decode_layout, make_verbs
 from r1jax.sampler import sample
 from r1jax.slots import Verbs
@@ -82,7 +81,7 @@ class Writer:
             most: tokens of a continuation, 0: up to the limit.
 
         Raises:
-            Interrupted: the run was asked to stop.
+            sampler.Interrupted: the run was asked to stop.
         """
         requests = [
             Request(i, m, (*s.prompt_tokens, *s.tokens), min(most or self.limit, self.limit - len(s.tokens)))
@@ -91,10 +90,9 @@ class Writer:
         ]
         longest = -(-max(len(r.tokens) for r in requests) // PREFIX_TOKENS) * PREFIX_TOKENS
         found: dict[tuple[int, int], Completion] = {}
-        for one in sample(self.verbs, self.weights, requests, key, most or self.limit, cut, longest):
+        limit, ask = most or self.limit, self.run.is_interrupted
+        for one in sample(self.verbs, self.weights, requests, key, limit, cut, longest, ask):
             found[one.prompt, one.member] = one
-            if self.run.is_interrupted():
-                raise Interrupted
         return [[found[i, m] for m in range(samples)] for i in range(len(starts))]
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -127,7 +127,8 @@ class Bench:
         ids = prompts(step)
         key = jax.random.fold_in(jax.random.key(0), step)
         groups: list[list[Sample]] = [[] for _ in ids]
-        for completion in sampler.sample(made.verbs, weights, requests(step), key, NEW_TOKENS):
+        asked = {"with_experts": made.shape.replay}
+        for completion in sampler.sample(made.verbs, weights, requests(step), key, NEW_TOKENS, **asked):
             groups[completion.prompt].append(graded(completion, ids[completion.prompt]))
         assert all(len(s.completion.tokens) == NEW_TOKENS for group in groups for s in group)
         clock.append(time.perf_counter())
