@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tiny import DEEPSEEK, QWEN, jit, one_device, random_params
 
 from r1jax.draw import DrawConfig
-from r1jax.model import blockwise, mla
+from r1jax.model import blockwise, experts, mla
 from r1jax.model.blockwise import Reading
 from r1jax.model.kernels import flash
 from r1jax.model.kernels.mla_decode import mla_decode
@@ -115,3 +115,14 @@ def test_kernels_compile_for_tpu() -> None:
     assert [line for line in done.stdout.splitlines() if line.startswith("v5")] == [
         f"{name} forward keys queries" for name in ("v5e:2x2", "v5p:2x2x1")
     ]
+
+
+@pytest.mark.parametrize("rows", [512, 1280, 72])
+def test_the_grouped_product_of_narrow_experts_is_lowered_for_a_tpu(rows: int) -> None:
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 128), (4, 128, 64)))
+    owner, sizes = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (4, 4))
+
+    def loss(x: jax.Array, w: jax.Array, owner: jax.Array, sizes: jax.Array) -> jax.Array:
+        return experts._megablox(x, w, owner, sizes).astype(jnp.float32).sum()
+
+    jax.export.export(jax.jit(jax.grad(loss, (0, 1))), platforms=["tpu"])(x, w, owner, sizes)

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,9 @@ ALL_FIVE = dict.fromkeys(sharding.AXES, 2)  # takes 32 devices
 UPDATES = [(MLA, sizes) for sizes in [*EACH_AXIS[1:], THREE[0]]] + [(QWEN, sizes) for sizes in [{"data": 2}, THREE[1]]]
 # Decoding knows neither context nor fsdp as axes of its own: rows lie over them as over data.
 SAMPLINGS = [(MLA, sizes) for sizes in [{"expert": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]] + [(QWEN, THREE[1])]
+# Training and decoding under meshes of their own: no axis is as long in the one as in the other.
+APART = [(config, {"fsdp": 4, "expert": 2}, {"data": 4, "tensor": 2}) for config in (MLA, QWEN)]
+APART += [(MLA, {"fsdp": 4, "expert": 2}, {"expert": 8})]
 
 
 def and_slowly_the_rest(quick: list[tuple]) -> list:
@@ -74,46 +78,64 @@ def minibatch(config: ModelConfig) -> tuple[dict[str, np.ndarray], int]:
     return minibatches.pack(items, shape, grpo.GrpoConfig(), LIMIT)
 
 
-def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[str, Any]:
-    """Record and gradient of one RL update."""
+def policy_on(config: ModelConfig, params: Params, layout: sharding.Layout) -> run.Policy:
+    return run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, None)
+
+
+def updated(policy: run.Policy, layout: sharding.Layout) -> tuple[Params, dict[str, Any]]:
+    """Weights after one RL update, and its record."""
+    config = policy.config
     program = updates.Program(config, layout, router_bias_rate=0.01, paths=paths_of(layout.mesh))
     update = jit(updates.make_rl_update(program, grpo.GrpoConfig(kl_coef=0), DESCENT, 25))
-    policy = run.Policy(config, sharding.reshard(params, run.param_shardings(config, layout)), None, None)
     state = run.first_state(policy, layout, DESCENT, "device")
     arrays, n = minibatch(config)
     assert n == 2
     state, record = update(state, run.put_rows(arrays, layout), n)
     for new, old in zip(jax.tree.leaves(state["policy"]), jax.tree.leaves(policy.params), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
-    moved = jax.tree.map(lambda old, new: old - hosts.fetch(new), params, state["policy"])
-    return {"record": jax.tree.map(hosts.fetch, record), "gradient": moved}
+    return state["policy"], jax.tree.map(hosts.fetch, record)
 
 
-def sampled(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[tuple[int, int], Any]:
-    """Tokens and log-probabilities of eight completions."""
+def learned(config: ModelConfig, params: Params, layout: sharding.Layout) -> dict[str, Any]:
+    """Record and gradient of one RL update."""
+    new, record = updated(policy_on(config, params, layout), layout)
+    return {"record": record, "gradient": jax.tree.map(lambda old, new: old - hosts.fetch(new), params, new)}
+
+
+def sampler(config: ModelConfig, layout: sharding.Layout) -> Callable[[Params], dict[tuple[int, int], Any]]:
+    """Makes of weights laid out for decoding the tokens and log-probabilities of eight completions."""
     slots = max(8, layout.size("slots"))
     sizes = SamplerConfig(slots=slots, tokens_per_dispatch=LIMIT, cache_bucket=32, prefill_prompts=slots)
     verbs = Verbs(config, sizes, DrawConfig(), layout, [7], paths=paths_of(layout.mesh))
     verbs.prefill, verbs.insert, verbs.generate = jit(verbs.prefill), jit(verbs.insert), jit(verbs.generate)
-    weights = sharding.reshard(params, run.param_shardings(config, layout))
     requests = [Request(i, member, ids) for i, ids in enumerate(PROMPTS) for member in range(4)]
-    return {
-        (c.prompt, c.member): c for c in sample(verbs, weights, requests, jax.random.key(3), LIMIT, with_experts=True)
-    }
+
+    def sampled(weights: Params) -> dict[tuple[int, int], Any]:
+        done = sample(verbs, weights, requests, jax.random.key(3), LIMIT, with_experts=True)
+        return {(c.prompt, c.member): c for c in done}
+
+    return sampled
+
+
+def assert_same(got: dict[tuple[int, int], Any], want: dict[tuple[int, int], Any]) -> None:
+    assert got.keys() == want.keys() and len({c.tokens.tobytes() for c in want.values()}) > 4
+    for key, completion in got.items():
+        np.testing.assert_array_equal(completion.tokens, want[key].tokens)
+        np.testing.assert_allclose(completion.logp, want[key].logp, **COMPOSED)
+        np.testing.assert_array_equal(completion.experts, want[key].experts)
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, tuple[Params, dict, dict]]:
-    """Weights and what one device makes of them, per attention."""
+def alone() -> dict[str, tuple[Params, dict, tuple[dict, dict]]]:
+    """Weights and what one device makes of them, per attention: an update, samples before it and after it."""
     layouts = sharding.layouts(sharding.make_mesh({}, jax.devices()[:1]))
     out = {}
     for config in (MLA, QWEN):
-        params = random_params(config)
-        out[config.attention] = (
-            params,
-            learned(config, params, layouts["train"]),
-            sampled(config, params, layouts["decode"]),
-        )
+        params, draw = random_params(config), sampler(config, layouts["decode"])
+        update = learned(config, params, layouts["train"])
+        moved = jax.tree.map(np.subtract, params, update["gradient"])
+        lies = run.param_shardings(config, layouts["decode"])
+        out[config.attention] = params, update, tuple(draw(sharding.reshard(w, lies)) for w in (params, moved))
     return out
 
 
@@ -127,13 +149,32 @@ def test_an_update_is_one_devices(config: ModelConfig, sizes: dict, alone: dict)
 
 @pytest.mark.parametrize(("config", "sizes"), and_slowly_the_rest(SAMPLINGS), ids=name)
 def test_sampled_tokens_are_one_devices(config: ModelConfig, sizes: dict, alone: dict) -> None:
-    params, _, want = alone[config.attention]
-    got = sampled(config, params, sharding.layouts(mesh_of(sizes))["decode"])
-    assert got.keys() == want.keys() and len({c.tokens.tobytes() for c in want.values()}) > 4
-    for key, completion in got.items():
-        np.testing.assert_array_equal(completion.tokens, want[key].tokens)
-        np.testing.assert_allclose(completion.logp, want[key].logp, **COMPOSED)
-        np.testing.assert_array_equal(completion.experts, want[key].experts)
+    params, _, (want, _) = alone[config.attention]
+    layout = sharding.layouts(mesh_of(sizes))["decode"]
+    weights = sharding.reshard(params, run.param_shardings(config, layout))
+    assert_same(sampler(config, layout)(weights), want)
+
+
+@pytest.mark.parametrize(("config", "train", "decode"), APART, ids=name)
+def test_a_policy_trained_under_one_mesh_is_sampled_under_another(
+    config: ModelConfig, train: dict, decode: dict, alone: dict
+) -> None:
+    params, _, (before, after) = alone[config.attention]
+    layouts = sharding.layouts(mesh_of(train), decode)
+    policy = policy_on(config, params, layouts["train"])
+    to_decode, draw = run.decode_layout(policy, layouts["decode"], "float32"), sampler(config, layouts["decode"])
+    lies = run.param_shardings(config, layouts["decode"])
+
+    def laid_out(params: Params) -> Params:
+        weights = to_decode(params)
+        jax.tree.map(np.testing.assert_array_equal, weights, params)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), weights, lies)))
+        return weights
+
+    assert_same(draw(laid_out(policy.params)), before)
+    new, _ = updated(policy, layouts["train"])
+    assert_same(draw(laid_out(new)), after)
+    assert any(not np.array_equal(after[key].tokens, before[key].tokens) for key in before)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 from slices import slice_of
 from test_plan import ROOT, SMALL, four
@@ -204,8 +206,6 @@ def test_a_search_raises_slots_to_the_devices():
 
 def on_eight(monkeypatch, fails=()) -> list:
     """Plans without a compiler, on the eight devices there are; gives what each was made of."""
-    import jax
-
     made = []
     slice_ = dataclasses.replace(slice_of("v5e:2x4"), devices=tuple(jax.devices()))
     monkeypatch.setattr(compare, "open_topology", lambda name: slice_)
@@ -217,8 +217,81 @@ def on_eight(monkeypatch, fails=()) -> list:
         return programs.Loop((), 4, 512, load, 76, config.rl.max_completion_tokens)
 
     monkeypatch.setattr(compare.programs, "loop", loop)
-    monkeypatch.setattr(compare, "make_plan", lambda shown, *rest: a_plan(shown, 2.0, a_row(layout=shown)))
+    monkeypatch.setattr(compare, "make_plan", lambda shown, *rest, **kw: a_plan(shown, 2.0, a_row(layout=shown)))
     return made
+
+
+def searching(monkeypatch, reads: dict[str, float], updates_s: dict[str, float], too_large: str = "") -> tuple:
+    """A search among layouts of eight devices that read so many bytes in decoding and take so long to update.
+
+    Gives what it reports and, in order, what was compiled.
+    """
+    on_eight(monkeypatch)
+    compiled = []
+
+    def loop(config, model, layouts, load):
+        lies, size = layouts["decode"].sharding(), int(reads[layout.spell(layouts["train"].mesh.shape)] / 4)
+        weights = {"weights": jax.ShapeDtypeStruct((size,), np.float32, sharding=lies)}
+        beside = {"optimizer": jax.ShapeDtypeStruct((250_000_000,), np.float32, sharding=lies)}
+        rest = {"flops": 1.0, "tokens": 1.0, "takes": weights, "beside": beside}
+        each = [programs.Program(name, None, calls=3.0, trips=2, **rest) for name in ("generate", "update")]
+        return programs.Loop(tuple(each), 4, 512, load, 76, config.rl.max_completion_tokens)
+
+    def make_plan(shown, *rest, only, known=(), **how):
+        compiled.append((shown, only, len(known)))
+        rows = [a_row(layout=shown)] if only else [*known, a_row(layout=shown, program="generate")]
+        if shown == too_large and not only:
+            rows[-1] = dataclasses.replace(rows[-1], fits=False)
+        return a_plan(shown, updates_s[shown], *rows)
+
+    monkeypatch.setattr(compare.programs, "loop", loop)
+    monkeypatch.setattr(compare, "make_plan", make_plan)
+    monkeypatch.setattr(compare, "sensible", lambda *given: [*reads])
+    return compare.compare(zero(), asked(layouts=(), is_search=True), lambda line: None), compiled
+
+
+READS = {
+    "tensor8": 20e9, "fsdp8": 9e9, "data8": 8e9, "expert8": 7e9, "context8": 6e9, "fsdp4-tensor2": 5e9,
+    "fsdp2-tensor4": 4e9, "fsdp4-expert2": 3e9,
+}  # fmt: skip
+# The slowest update by far has the least to read; those of two layouts differ by less than what decoding reads.
+TAKES_S = dict.fromkeys(READS, 5.0) | {"fsdp4-expert2": 50.0, "data8": 4.99, "context8": 4.0, "expert8": 3.0}
+
+
+def test_a_search_compiles_few_layouts_and_says_why_not_the_rest(monkeypatch):
+    found, compiled = searching(monkeypatch, READS, TAKES_S)
+    tried = ["fsdp4-expert2", "fsdp2-tensor4", "fsdp4-tensor2", "context8", "expert8", "data8"]
+    assert compiled[: compare.TRIED] == [(name, ("update",), 0) for name in tried]
+    assert compiled[compare.TRIED :] == [("expert8", (), 1), ("context8", (), 1)]  # and update not once more
+    plans = {plan.layout: plan for plan in found.plans}
+    assert [*plans] == [*READS] and [p.layout for p in table.rank(found.plans)][:2] == ["expert8", "context8"]
+    said = table.text(found.title, found.plans, found.topology, found.notes)
+    assert "tensor8: generate needs 21.0 GB a device, 4.1 GB more than" in said
+    assert "generate was not compiled: its arguments and what lies beside them alone do not fit" in said
+    # 3 calls of 2 steps, each of 9 GB at 810 GB/s.
+    assert "== fsdp8 ==\nnot compiled: a rollout reads weights and caches for 0 s at least, longer than" in said
+    assert plans["fsdp8"].least_s == pytest.approx(6 * 9e9 / 8.1e11)
+    assert plans["data8"].skipped == "only update was compiled" and not plans["expert8"].skipped
+    rows = json.loads(table.as_json(found.title, found.plans, found.topology, found.notes))
+    fits = {row["layout"]: row["fits"] for row in rows if row["program"] == "loop"}
+    assert (fits["tensor8"], fits["fsdp8"], fits["data8"], fits["expert8"]) == (False, None, True, True)
+
+
+def test_a_search_goes_on_until_whole_loops_fit(monkeypatch):
+    _, compiled = searching(monkeypatch, READS, TAKES_S, too_large="expert8")
+    whole = [name for name, only, _ in compiled if not only]
+    # With as long an update, the one that decodes faster is next.
+    assert whole == ["expert8", "context8", "fsdp2-tensor4"]
+
+
+def test_a_search_with_programs_compiles_these_alone(monkeypatch):
+    on_eight(monkeypatch)
+    given = asked(layouts=(), is_search=True, programs=("generate",), ablations=("gather",))
+    monkeypatch.setattr(compare, "sensible", lambda *given: ["fsdp8", "tensor8"])
+    monkeypatch.setattr(compare, "bound", lambda shown, *rest: account.Plan(shown, least_s=1.0))
+    found = compare.compare(zero(), given, lambda line: None)
+    assert [p.layout for p in found.plans] == ["fsdp8", "tensor8", "fsdp8:gather", "tensor8:gather"]
+    assert not any(p.skipped for p in found.plans)
 
 
 def test_a_layout_that_cannot_be_does_not_cost_the_others(monkeypatch):

@@ -5,6 +5,7 @@ combination are gathers in both directions: each is the other's gradient. Where 
 knows how many assignments will come: there is room for a multiple of the mean, and what is left takes another round.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -21,6 +22,7 @@ FURTHER_ROUNDS = "further_rounds"  # names loops that seldom have anything to do
 FEW = 256  # rows per copy: as many operations as a TPU does while it moves a token once through memory
 TILE = 512  # rows of megablox's tile on TPU; its other sides below
 TILE_SIDES = 1024, 1024
+LANES = 128
 
 
 @jax.custom_vjp
@@ -144,7 +146,9 @@ def _megablox(x: Array, w: Array, owner: Array, sizes: Array) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox import ops  # here, since Pallas takes a second to import
 
     del owner
-    tile = min(TILE, x.shape[0]), *(min(most, n) for most, n in zip(TILE_SIDES, w.shape[1:], strict=True))
+    # Whole lanes: the gradient takes these sides for the other ones, and what is narrow need not be so there.
+    sides = (min(most, -(-n // LANES) * LANES) for most, n in zip(TILE_SIDES, w.shape[1:], strict=True))
+    tile = x.shape[0] if x.shape[0] <= TILE else math.gcd(TILE, x.shape[0]), *sides
     return ops.gmm(x, w, sizes.astype(jnp.int32), x.dtype, tile)
 
 

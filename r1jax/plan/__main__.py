@@ -10,7 +10,7 @@ any) and prints memory, estimated time and collectives. Nothing runs on a TPU: a
     --model=NAME               of configs/models.py
     --topology=NAME            v4, v5p, tpu7x:AxBxC; v5e, v6e:AxB; 2*v5e:16x16 is two slices
     --layouts=A,B              mesh axes with their sizes, fsdp4-expert32-tensor8; after a slash those of decoding
-    --search                   tries the sensible layouts of a topology and ranks them
+    --search                   ranks the sensible layouts of a topology; compiles those few that fit and promise most
     --ablation=A,B             named ablations of configs/ablations.py, each planned beside the config itself
     --programs=A,B             only these: layout, prefill, insert, resize, generate_short, generate, score, update
     --completion_tokens=N      assumed mean of completions (default: a third of the longest), --prompt_tokens=N (128)
@@ -35,7 +35,7 @@ from r1jax import main as command
 _MODEL = flags.DEFINE_string("model", "", "of configs/models.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice: v5p:8x8x16")
 _LAYOUTS = flags.DEFINE_list("layouts", [], "mesh axes with their sizes: fsdp4-expert32-tensor8")
-_SEARCH = flags.DEFINE_bool("search", False, "try the sensible layouts and rank them")
+_SEARCH = flags.DEFINE_bool("search", False, "rank the sensible layouts; compile the most promising")
 _ABLATION = flags.DEFINE_list("ablation", [], "of configs/ablations.py")
 _PROGRAMS = flags.DEFINE_list("programs", [], "only these")
 _COMPLETION = flags.DEFINE_float("completion_tokens", 0, "assumed mean; 0: a third of the longest")

@@ -4,14 +4,14 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
 from r1jax import hosts
 from r1jax.plan import estimate
-from r1jax.plan.programs import Load, Loop, Program, device_bytes, host_bytes
+from r1jax.plan.programs import Load, Loop, Program, Tree, device_bytes, host_bytes
 from r1jax.plan.topology import Topology
 
 # What shrinks each kind of memory, by the key of the config.
@@ -87,6 +87,8 @@ class Plan:
         run_updates: of the run, as many as have completions of at most `longest` tokens.
         load: that was assumed.
         failed: why the layout has no rows.
+        skipped: why not all of it was compiled, where a search chose so.
+        least_s: of decoding a rollout; known without a compiler.
         settings: that were changed for this layout.
     """
 
@@ -102,6 +104,8 @@ class Plan:
     load: Load | None = None
     failed: str = ""
     settings: str = ""
+    skipped: str = ""
+    least_s: float = math.nan
 
     @property
     def fits(self) -> bool:
@@ -119,18 +123,22 @@ def _on_host(program: Program) -> dict[str, float]:
     return {kind: size for kind, tree in trees if (size := host_bytes(tree))}
 
 
+def _sizes(*groups: dict[str, Tree]) -> dict[str, float]:
+    """Bytes on a device by kind, of several groups together."""
+    out: dict[str, float] = {}
+    for kind, tree in (item for group in groups for item in group.items()):
+        out[kind] = out.get(kind, 0.0) + device_bytes(tree)
+    return out
+
+
 def _kinds(program: Program, compiled: Any) -> dict[str, float]:
     """Bytes on a device by kind, at the program's peak."""
     spent = compiled.memory_analysis()
     # The compiler's peak has what lies in host memory in it.
     beyond = spent.host_argument_size_in_bytes + spent.host_output_size_in_bytes - spent.host_alias_size_in_bytes
     peak = spent.peak_memory_in_bytes - beyond - spent.host_temp_size_in_bytes
-    out: dict[str, float] = {}
-    for kind, tree in (*program.takes.items(), *program.beside.items(), *program.gives.items()):
-        out[kind] = out.get(kind, 0.0) + device_bytes(tree)
-    takes, gives = (sum(device_bytes(t) for t in trees.values()) for trees in (program.takes, program.gives))
-    out["activations"] = max(peak - takes - gives, 0.0)
-    return out
+    taken = sum(_sizes(program.takes, program.gives).values())
+    return _sizes(program.takes, program.beside, program.gives) | {"activations": max(peak - taken, 0.0)}
 
 
 def _too_large(message: str, taken: float) -> float:
@@ -142,12 +150,9 @@ def _too_large(message: str, taken: float) -> float:
     return max(float(found[1]) * 1024 ** " KMGT".index(found[2]) - (taken if whole else 0.0), 1.0)
 
 
-def make_row(
-    layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], how: How
-) -> Row:
-    """Compiles a program and prices it; `done` collects what is compiled."""
-    started = time.monotonic()
-    common = {
+def _common(layout: str, program: Program) -> dict[str, Any]:
+    """What a row has without a compiler."""
+    return {
         "layout": layout,
         "program": program.name,
         "calls": program.calls,
@@ -156,15 +161,40 @@ def make_row(
         "flops": program.flops,
         "host": _on_host(program),
     }
+
+
+def bound(layout: str, loop: Loop, topology: Topology) -> Plan:
+    """What is known of a layout without a compiler: `least_s`, and where arguments and what lies beside them do not
+    fit, the program that needs most.
+
+    Decoding takes at least as long as memory takes to read every weight and all caches at each step.
+    """
+    reading = sum(
+        p.calls * p.trips * sum(_sizes(p.takes).values()) for p in loop.programs if p.name.startswith("generate")
+    )
+    least_s = reading / topology.chip.hbm_bandwidth
+    held = {p.name: _sizes(p.takes, p.beside) for p in loop.programs}
+    worst = max(loop.programs, key=lambda p: sum(held[p.name].values()))
+    if sum(held[worst.name].values()) <= topology.chip.hbm:
+        return Plan(layout, skipped="nothing was compiled", least_s=least_s)
+    said = "not compiled: its arguments and what lies beside them alone do not fit"
+    row = Row(
+        **_common(layout, worst), compile_s=0.0, hbm=held[worst.name], fits=False, cost=None, mfu=0.0, failed=said
+    )
+    return Plan(layout, (row,), skipped=f"{worst.name} was {said}", least_s=least_s)
+
+
+def make_row(
+    layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], how: How
+) -> Row:
+    """Compiles a program and prices it; `done` collects what is compiled."""
+    started = time.monotonic()
+    common = _common(layout, program)
     try:
         done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
     except Exception as error:  # whatever jax, XLA and Mosaic raise: the other programs are planned
-        taken = {kind: device_bytes(tree) for kind, tree in program.takes.items()}
-        activations = _too_large(str(error), sum(taken.values()))
-        beside = {kind: device_bytes(tree) for kind, tree in program.beside.items()}
-        hbm = {**taken, "activations": activations}
-        for kind, size in beside.items():
-            hbm[kind] = hbm.get(kind, 0.0) + size
+        activations = _too_large(str(error), sum(_sizes(program.takes).values()))
+        hbm = _sizes(program.takes, program.beside) | {"activations": activations}
         spent = time.monotonic() - started
         return Row(**common, compile_s=spent, hbm=hbm, fits=False, cost=None, mfu=0.0, failed=_first_line(error))
     compile_s = time.monotonic() - started
@@ -207,11 +237,15 @@ def make_plan(
     only: Collection[str],
     how: How,
     say: Callable[[str], None],
+    known: Sequence[Row] = (),
 ) -> Plan:
-    """Compiles and prices the programs of a loop, those named in `only` if any are."""
-    rows, done = [], {}
+    """Compiles and prices the programs of a loop, those named in `only` if any are, but for the rows `known`."""
+    rows, done, known = [], {}, {row.program: row for row in known}
     for program in loop.programs:
         if only and program.name not in only:
+            continue
+        if program.name in known:
+            rows.append(known[program.name])
             continue
         if program.name == "insert" and "prefill" not in done:
             continue  # it takes what prefill gives, as the compiler lays it out

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from r1jax.model import transformer
 from r1jax.model.config import ModelConfig
 from r1jax.plan import layout as layout_names
 from r1jax.plan import programs, schedule
-from r1jax.plan.account import How, Plan, make_plan
+from r1jax.plan.account import How, Plan, bound, make_plan
 from r1jax.plan.topology import Topology, open_topology
 
 Say = Callable[[str], None]
@@ -55,6 +56,14 @@ def model_config(name: str) -> ModelConfig:
         raise ValueError(f"--model={name}: wanted one of {', '.join(models)}")
     return run.model_config(models[name])
 
+
+# How many layouts a search compiles, our choice: of a large mixture an update takes minutes, a whole loop many.
+TRIED = 6  # of these update alone
+WHOLE = 2  # of these the whole loop
+SEARCHED = (
+    f"search: of the layouts that fit by their arguments alone, update is compiled for the {TRIED} with the least to "
+    f"read in decoding, and the whole loop for the fastest of these until {WHOLE} fit"
+)
 
 LONG_TOKENS = 16_384  # rows from which a search also splits each over `context`: our choice
 
@@ -133,8 +142,6 @@ def compare(config: Any, asked: Asked, say: Say, keep: Callable[[Report], None] 
         layout_names.parse(name, devices)  # what is misspelt is said before hours are spent
     ablations = importlib.import_module("configs.ablations")
     variants = {a: ablations.apply(config.copy_and_resolve_references(), a) for a in ("", *asked.ablations)}
-    if asked.is_search:
-        names += sensible(model, devices, topology.slices, config.rl.max_completion_tokens)
     chip, rl = topology.chip, config.rl
     notes = (
         f"{topology.chips} chips, {chip.peak / 1e12:.0f} TFLOP/s (bfloat16) and {chip.hbm / 1e9:.1f} GB a device; jax "
@@ -146,21 +153,80 @@ def compare(config: Any, asked: Asked, say: Say, keep: Callable[[Report], None] 
         "completions end; the cache grows with the longest completion",
     )
     report = Report(f"{config.model.name} on {topology.name}", (), topology, notes)
+
+    def add(plan: Plan) -> Plan:
+        """To the report, in the place of what was known of the same layout before."""
+        nonlocal report
+        plans = {p.layout: p for p in report.plans} | {plan.layout: plan}
+        report = dataclasses.replace(report, plans=tuple(plans.values()))
+        keep(report)
+        return plan
+
+    if asked.is_search:
+        report = dataclasses.replace(report, notes=(*notes, SEARCHED))
+        names += search(config, model, topology, asked, say, add)
     for name in dict.fromkeys(names):
         for ablation, changed in variants.items():
-            found = plan(changed.copy_and_resolve_references(), model, topology, name, ablation, asked, say)
-            report = dataclasses.replace(report, plans=(*report.plans, found))
-            keep(report)
+            if ablation or not any(p.layout == name and not p.skipped for p in report.plans):
+                add(plan(changed, model, topology, name, ablation, asked, say))
     return report
+
+
+def search(
+    config: Any, model: ModelConfig, topology: Topology, asked: Asked, say: Say, add: Callable[[Plan], Plan]
+) -> list[str]:
+    """Plans the sensible layouts, each as far as it is promising; gives the names of those planned as a whole.
+
+    With programs asked for, the first round compiles these, and is the last.
+
+    Args:
+        add: is given every plan, and in its place the one that knows more.
+
+    Raises:
+        ValueError: there is nothing to try.
+    """
+    names = sensible(model, len(topology.devices), topology.slices, config.rl.max_completion_tokens)
+    made = partial(plan, config, model, topology, ablation="", asked=asked, say=say)
+    compiled = partial(make_plan, how=asked.how, say=say)
+    known = [add(made(name, make=lambda shown, loop, topology, _: bound(shown, loop, topology))) for name in names]
+    known = sorted((p for p in known if p.fits), key=lambda p: p.least_s)
+    for p in known[TRIED:]:
+        why = f"a rollout reads weights and caches for {p.least_s:,.0f} s at least, longer than with {TRIED} others"
+        add(dataclasses.replace(p, skipped=f"not compiled: {why}"))
+    tried, order = [], []
+    for p in known[:TRIED]:
+        one = made(p.layout, make=partial(compiled, only=asked.programs or ("update",)))
+        skipped = "" if asked.programs or one.failed else "only update was compiled"
+        tried.append(add(dataclasses.replace(one, skipped=skipped)))
+        order.append((math.isnan(one.updates_s), p.least_s + one.updates_s))
+    if asked.programs:
+        return [p.layout for p in tried]
+    whole: list[Plan] = []
+    for _, p in sorted(zip(order, tried, strict=True), key=lambda item: item[0]):
+        if p.fits and sum(w.fits for w in whole) < WHOLE:
+            whole.append(add(made(p.layout, make=partial(compiled, only=(), known=p.rows))))
+    return [p.layout for p in whole]
 
 
 def _load(config: Any, asked: Asked) -> programs.Load:
     return programs.Load(asked.completion_tokens or config.rl.max_completion_tokens / 3, asked.prompt_tokens)
 
 
-def plan(config: Any, model: ModelConfig, topology: Topology, name: str, ablation: str, asked: Asked, say: Say) -> Plan:
-    """One layout and ablation; of one that cannot be, why."""
-    shown, settings = f"{name}:{ablation}" if ablation else name, ""
+Make = Callable[[str, programs.Loop, Topology, dict[str, jax.sharding.Mesh]], Plan]
+
+
+def plan(
+    config: Any,
+    model: ModelConfig,
+    topology: Topology,
+    name: str,
+    ablation: str,
+    asked: Asked,
+    say: Say,
+    make: Make | None = None,
+) -> Plan:
+    """One layout and ablation, by default all programs asked for compiled; of one that cannot be, why."""
+    shown, settings, config = f"{name}:{ablation}" if ablation else name, "", config.copy_and_resolve_references()
     try:
         train, decode = layout_names.parse(name, len(topology.devices))
         mesh = sharding.make_mesh(train, list(topology.devices))
@@ -170,7 +236,8 @@ def plan(config: Any, model: ModelConfig, topology: Topology, name: str, ablatio
         loop = programs.loop(config, model, layouts, _load(config, asked))
         loop = dataclasses.replace(loop, schedule_updates=schedule.updates(config.rl))
         meshes = {phase: layout.mesh for phase, layout in layouts.items()}
-        made = make_plan(shown, loop, topology, meshes, asked.programs, asked.how, say)
+        make = make or partial(make_plan, only=asked.programs, how=asked.how, say=say)
+        made = make(shown, loop, topology, meshes)
     except Exception as error:  # a layout that cannot be should not cost what others have taken hours to give
         say(f"{shown}: {error}")
         return Plan(shown, failed=str(error) or repr(error), settings=settings)

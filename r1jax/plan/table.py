@@ -42,8 +42,8 @@ def _gb(size: float) -> str:
 
 
 def _layout(plan: Plan, topology: Topology) -> str:
-    if plan.failed:
-        return f"== {plan.layout} ==\nthis layout cannot be: {plan.failed}"
+    if not plan.rows:
+        return f"== {plan.layout} ==\n" + (f"this layout cannot be: {plan.failed}" if plan.failed else plan.skipped)
     lines = [("program", "HBM GB", "fits", "estimate", "waits", "MFU", "calls", "compile")]
     for row in plan.rows:
         mfu = f"{row.mfu:.1%}" if row.flops and row.cost else "-"
@@ -88,6 +88,7 @@ def _layout(plan: Plan, topology: Topology) -> str:
         parts.append(f"{name}: {n} inner loops of unknown length are counted once")
     parts += [remedy(row, topology.chip.hbm) for row in plan.rows if not row.fits]
     parts += [f"{row.program}: {row.failed}" for row in plan.rows if row.fits and row.failed]
+    parts += [plan.skipped] if plan.skipped else []
     if not math.isnan(plan.run_hours):
         day = plan.tokens_per_s * 86400
         parts.append(
@@ -106,7 +107,7 @@ def _comparison(plans: Sequence[Plan]) -> str:
         lines.append(
             (
                 plan.layout,
-                "yes" if plan.fits else "NO",
+                ("yes" if plan.rows else "-") if plan.fits else "NO",
                 _gb(max((row.hbm_total for row in plan.rows), default=0.0)),
                 _time(plan.rollout_s),
                 _time(plan.updates_s),
@@ -119,8 +120,12 @@ def _comparison(plans: Sequence[Plan]) -> str:
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
-    """Those that fit first, then by the loop's time for an update; what could not be priced comes last."""
-    return sorted(plans, key=lambda p: (not p.fits, bool(p.failed), math.isnan(p.update_s), p.update_s))
+    """Those that fit first, the whole loops before parts, by the time for an update; what has no price comes last."""
+
+    def key(p: Plan) -> tuple:
+        return not p.fits, bool(p.failed), bool(p.skipped), math.isnan(p.update_s), p.update_s
+
+    return sorted(plans, key=key)
 
 
 def text(title: str, plans: Sequence[Plan], topology: Topology, notes: Sequence[str]) -> str:
@@ -152,7 +157,7 @@ def _loop(plan: Plan, topology: Topology, title: str, notes: Sequence[str], hour
         "layout": plan.layout,
         "program": "loop",
         "hbm_gb": max((row.hbm_total / 1e9 for row in plan.rows), default=None),
-        "fits": plan.fits,
+        "fits": None if plan.fits and not plan.rows else plan.fits,
         "est_s": _known(plan.rollout_s + plan.updates_s),
         "mfu": None,
         "collective_gb": sum(moved.values()) if plan.rows else None,
@@ -169,6 +174,7 @@ def _loop(plan: Plan, topology: Topology, title: str, notes: Sequence[str], hour
         "chip_hours": _known(plan.run_hours * topology.chips),
         "reported_schedule_chip_hours": None if hours is None else hours * topology.chips,
         "failed": plan.failed,
+        "skipped": plan.skipped,
         "settings": plan.settings,
         "about": {
             "title": title,

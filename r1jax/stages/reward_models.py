@@ -131,11 +131,9 @@ def stage(run: Run, config: ConfigDict, policy: Policy) -> Policy:
     """Trains both models; leaves them in WORKDIR/models/STAGE and the policy as it is.
 
     Raises:
-        ValueError: there is nothing apart to measure them on, or no pair is left.
+        ValueError: no pair is left, or all responses have one label.
     """
     c = config.preference
-    if c.split == c.valid_split:
-        raise ValueError(f"config.preference.split and valid_split are both {c.split!r}, and the models learn from one")
     apart = data.apart(c.valid_source, c.source, "config.preference.valid_source")
     sampler = run.policy_of(config.curate.sampler) if config.curate.sampler else policy
     train, valid = (
