@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampler.cache_bucket": 4480,  # five steps of half as much end at 34,032 tokens, for 33,792
         "optim.router_bias_rate": 0.0,
     },
-    "deepseek_v2_lite": {**MIXTURE, "rl.microbatch_rows": 64, "sampler.slots": 1024, "sampler.prefill_prompts": 256},
+    "deepseek_v2_lite": {**MIXTURE, "rl.microbatch_rows": 64, "sampler.slots": 1024, "sampler.prefill_prompts": 128},
     "qwen3_30b_a3b": {**MIXTURE, "rl.microbatch_rows": 64, "sampler.slots": 2048, "sampler.prefill_prompts": 256},
     "llama3_1_8b": {**SHORT, "rl.microbatch_rows": 256, "sampler.slots": 1024, "sampler.prefill_prompts": 256},
     "llama3_1_70b": {**SHORT, "rl.microbatch_rows": 256, "sampler.slots": 1024, "sampler.prefill_prompts": 256},

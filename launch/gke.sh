@@ -85,6 +85,7 @@ spec:
                   env:
                     - {name: R1JAX_RESTARTS, value: \"0\"} # here the JobSet starts again, all pods at once
                     - {name: R1JAX_SHARED, value: /shared}
+                    - {name: R1JAX_TPU, value: $accelerator}
                   ports:
                     - containerPort: 8471 # libtpu
                     - containerPort: 8080 # between slices

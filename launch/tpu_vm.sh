@@ -70,7 +70,7 @@ begin() {
   local command
   command="$(printf '%q ' r1jax/launch/run.sh "$@" --workdir="/mnt/r1jax/$name")> r1jax.log 2>&1; echo \$? > r1jax.exit"
   on_all "rm -f r1jax.exit
-    R1JAX_SHARED=/mnt/r1jax PYTHON=.venv/bin/python nohup bash -c $(printf %q "$command") > /dev/null 2>&1 &"
+    R1JAX_SHARED=/mnt/r1jax R1JAX_TPU=$type PYTHON=.venv/bin/python nohup bash -c $(printf %q "$command") > /dev/null 2>&1 &"
 }
 
 [[ $(state) != NONE && -z $dry ]] || create

@@ -28,6 +28,7 @@ command=$(printf '%q ' launch/run.sh --workdir="$shared/$name" "$@")
 words=(
   xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$type" --num-slices="$slices"
   --docker-image="$image" --max-restarts="$restarts" --env R1JAX_RESTARTS=0 --env R1JAX_SHARED="$shared"
+  --env R1JAX_TPU="$type"
   --command="${command% }"
 )
 printf '%q ' "${words[@]}" && echo

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
             programs=tuple(_PROGRAMS.value),
             completion_tokens=_COMPLETION.value,
             prompt_tokens=_PROMPT.value,
-            how=How((*topology.options(), *_options(_XLA.value)), _HLO.value),
+            how=How((*topology.options(_TOPOLOGY.value), *_options(_XLA.value)), _HLO.value),
         )
 
         def keep(found: compare.Report) -> None:

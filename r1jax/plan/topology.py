@@ -53,10 +53,11 @@ FLAGS = (
     "xla_tpu_enable_async_collective_fusion_multiple_steps",
     "xla_tpu_overlap_compute_collective_tc",
     "xla_enable_async_all_gather",
-    "xla_tpu_enable_async_all_to_all",
     "xla_tpu_enable_data_parallel_all_reduce_opt",
     "xla_tpu_data_parallel_opt_different_sized_ops",
 )
+# With it the compiler takes no exchange on a torus of two dimensions.
+FLAGS_3D = (*FLAGS, "xla_tpu_enable_async_all_to_all")
 
 GIB = 2**30
 CHIPS = {
@@ -91,11 +92,6 @@ class Topology:
         return whole and n % self.chip.wraps_at == 0
 
 
-def options() -> tuple[tuple[str, str], ...]:
-    """Options of the compiler as a run has them; none where LIBTPU_INIT_ARGS is set, which libtpu reads by itself."""
-    return () if os.environ.get("LIBTPU_INIT_ARGS") else tuple((flag, "true") for flag in FLAGS)
-
-
 def parse(name: str) -> tuple[str, tuple[int, ...], int]:
     """Kind, shape and number of slices of a name such as v5p:8x8x16 or 2*v5e:16x16.
 
@@ -112,6 +108,18 @@ def parse(name: str) -> tuple[str, tuple[int, ...], int]:
             f"--topology={name}: {found[2]} is a torus of {CHIPS[found[2]].dimensions} dimensions ({known})"
         )
     return found[2], shape, int(found[1] or 1)
+
+
+def options(name: str) -> tuple[tuple[str, str], ...]:
+    """Options of the compiler as a run on this topology has them; none where libtpu reads them from LIBTPU_INIT_ARGS.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    kind, _, _ = parse(name)
+    if os.environ.get("LIBTPU_INIT_ARGS"):
+        return ()
+    return tuple((flag, "true") for flag in (FLAGS_3D if CHIPS[kind].dimensions == 3 else FLAGS))
 
 
 def open_topology(name: str) -> Topology:
