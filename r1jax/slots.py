@@ -211,8 +211,14 @@ class Verbs:
                 old = jax.lax.slice_in_dim(cache, 0, new.shape[self.length_axis], axis=self.length_axis)
                 return jax.lax.dynamic_update_slice_in_dim(cache, where_new(new, old), 0, self.length_axis)
 
+            # One layer after the other: every device sees all prompts of a layer, and of all layers they need not fit.
+            caches, structure = jax.tree_util.tree_flatten_with_path(slots.cache)
+            written: list[Array] = []
+            for (path, cache), new in zip(caches, jax.tree.leaves(prefix.cache), strict=True):
+                new, written[-1:] = jax.lax.optimization_barrier((new, written[-1:]))
+                written.append(put(path, cache, new))
             slots = Slots(
-                cache=jax.tree_util.tree_map_with_path(put, slots.cache, prefix.cache),
+                cache=jax.tree.unflatten(structure, written),
                 token=where_new(token, slots.token),
                 position=where_new(prefix.lengths[read], slots.position),
                 drawn=where_new(jnp.ones_like(source), slots.drawn),

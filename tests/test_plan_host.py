@@ -28,7 +28,9 @@ def compiled(**spent: int) -> types.SimpleNamespace:
     """What the compiler gives: the peak of 1,000 bytes has the host's arguments in it, written in place."""
     sizes = {"peak_memory_in_bytes": 1000, "host_argument_size_in_bytes": 400, "host_output_size_in_bytes": 400,
              "host_alias_size_in_bytes": 400, "host_temp_size_in_bytes": 0, **spent}  # fmt: skip
-    return types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**sizes), as_text=lambda: SMALL)
+    return types.SimpleNamespace(
+        memory_analysis=lambda: types.SimpleNamespace(**sizes), as_text=lambda: SMALL, output_shardings=None
+    )
 
 
 def update(**more: object) -> programs.Program:

@@ -121,7 +121,7 @@ def test_an_estimate_above_the_peak_is_none():
     mesh = types.SimpleNamespace(**vars(four()[1]), size=4)
     host = dict.fromkeys(("argument", "output", "alias", "temp"), 0)
     spent = types.SimpleNamespace(peak_memory_in_bytes=8e9, **{f"host_{k}_size_in_bytes": n for k, n in host.items()})
-    made = types.SimpleNamespace(as_text=lambda: SMALL, memory_analysis=lambda: spent)
+    made = types.SimpleNamespace(as_text=lambda: SMALL, memory_analysis=lambda: spent, output_shardings=None)
     lowered = types.SimpleNamespace(compile=lambda compiler_options: made)
     row = account.make_row("fsdp4", a_program(lambda done: lowered), slice_, mesh, {}, account.How())
     assert row.fits and row.cost is None and "of the peak, so it is wrong" in row.failed

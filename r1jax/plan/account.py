@@ -187,11 +187,12 @@ def bound(layout: str, loop: Loop, topology: Topology) -> Plan:
 def make_row(
     layout: str, program: Program, topology: Topology, mesh: jax.sharding.Mesh, done: dict[str, Any], how: How
 ) -> Row:
-    """Compiles a program and prices it; `done` collects what is compiled."""
+    """Compiles a program and prices it; `done` collects how what is compiled lays out its results."""
     started = time.monotonic()
     common = _common(layout, program)
     try:
-        done[program.name] = compiled = program.lower(done).compile(compiler_options=dict(how.options))
+        compiled = program.lower(done).compile(compiler_options=dict(how.options))
+        done[program.name] = compiled.output_shardings  # not the program: all of a pod's together take gigabytes
     except Exception as error:  # whatever jax, XLA and Mosaic raise: the other programs are planned
         activations = _too_large(str(error), sum(_sizes(program.takes).values()))
         hbm = _sizes(program.takes, program.beside) | {"activations": activations}

@@ -22,7 +22,7 @@ from r1jax.sampler import buckets
 from r1jax.sharding import laid_out
 
 Tree = Any  # of jax.ShapeDtypeStruct, each with its sharding
-Compiled = Mapping[str, Any]  # name of a program -> jax.stages.Compiled, of those before it
+Compiled = Mapping[str, Any]  # name of a program -> shardings of its results, of those before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _rollout(
     slots = {n: _slots(verbs, n_slots, n) for n in lengths}
 
     def prefix(done: Compiled) -> Tree:
-        return laid_out(jax.eval_shape(verbs.prefill, weights, prompt, length), done["prefill"].output_shardings)
+        return laid_out(jax.eval_shape(verbs.prefill, weights, prompt, length), done["prefill"])
 
     programs = [
         Program(
