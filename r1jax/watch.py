@@ -91,7 +91,7 @@ def serve(listener: socket.socket, count: int, join_s: float) -> None:
                     if differs := difference([(m.name, m.facts) for m in joined]):
                         tell(_stop(differs))
                     else:
-                        tell({"kind": "start"})
+                        tell({"kind": "start", "first": joined[0].name})
             case "error":
                 blame(DEVICE if message["again"] else ERROR, member, f"failed: {message['text']}")
             case "done":
@@ -195,7 +195,8 @@ def join(address: tuple[str, int], index: int, name: str, facts: Facts, leave: C
         leave(first["cause"], first["again"])
 
     def listen() -> None:
-        last = next(heard, _stop("host 0 died (killed, out of memory, or unreachable)", 0, again=True))
+        died = f"{first['first']} died (killed, out of memory, or unreachable)"  # and the hub with it
+        last = next(heard, _stop(died, 0, again=True))
         line.is_mine = last["kind"] == "stop" and last["index"] == index
         if last["kind"] == "stop" and not line.is_mine:
             leave(last["cause"], last["again"])

@@ -101,7 +101,7 @@ def test_killed_in_any_move_all_exit_and_the_next_run_goes_on(policy, straight, 
         last_s = max(end.at_s for end in ends)
         assert last_s - ends[victim].at_s < 60, move
         for end in ends[:victim] + ends[victim + 1 :]:
-            assert f"host {victim}" in end.text and "died" in end.text, end.text
+            assert f"host {victim} of 4" in end.text and "died" in end.text, end.text
     all_well(run(4, arguments(policy, tmp_path)))
     assert outcome(tmp_path) == outcome(straight)
 
