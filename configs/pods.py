@@ -21,7 +21,8 @@ MIXTURE = {**SHORT, "model.expert_exchange": "all_to_all", "model.remat": "atten
 RUNS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **BFLOAT16,
-        # The second part of the report's schedule is planned by its own: --ablation=late_length.
+        # The second part of the report's schedule is planned by its own: --ablation=late_length
+        # --config.sampler.slots=4096, since caches of twice the length leave room for half of the slots.
         "rl.length_schedule": (),
         "rl.microbatch_rows": 64,
         "model.expert_exchange": "all_to_all",
