@@ -12,12 +12,14 @@ manifest also carries name, shape and dtype of every array and the state of the 
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -365,6 +367,10 @@ def _delete(path: pathlib.Path) -> None:
     """The manifests go first: half a checkpoint must not look like one when the deletion is cut short."""
     for manifest in sorted(path.glob("manifest-*")):
         manifest.unlink()
+    for wait_s in (0.1, 1.0, 10.0):
+        with contextlib.suppress(OSError):
+            return shutil.rmtree(path)
+        time.sleep(wait_s)  # a write that was given up may still be adding files
     shutil.rmtree(path)
 
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from test_walls import ROOT
 
+from r1jax.plan import topology
+
 jsonschema = pytest.importorskip("jsonschema")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -144,3 +146,17 @@ def test_the_environment_stands_in_one_place():
     assert "JAX_COMPILATION_CACHE_DIR=" in done.stdout
     for path in {*LAUNCH.iterdir()} - {LAUNCH / "env.sh"}:
         assert "xla_" not in path.read_text() and "LIBTPU_INIT_ARGS=" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("named", "name"),
+    [("v5p-128", "v5p:4x4x4"), ("tpu-v5-lite-podslice", "v5e:4x4"), ("v6e-4", "v6e:2x2"), ("", "v5e:1x1")],
+)
+def test_a_plan_is_compiled_with_the_flags_of_a_run(monkeypatch, named, name):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    script = f'R1JAX_TPU={named}; source {LAUNCH / "env.sh"} && printf %s "$LIBTPU_INIT_ARGS"'
+    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert sorted(out.split()) == sorted(f"--{flag}={value}" for flag, value in topology.options(name))
+    assert ("async_all_to_all" in out) == ("v5p" in named)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=true")  # which libtpu reads by itself
+    assert topology.options(name) == ()

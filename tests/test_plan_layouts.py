@@ -326,20 +326,6 @@ def test_an_ablation_is_planned_beside_the_config(monkeypatch):
         assert sum(flat[i][g] != flat[0][g] for g in flat[0]) == 1
 
 
-@pytest.mark.parametrize(
-    ("named", "name"),
-    [("v5p-128", "v5p:4x4x4"), ("tpu-v5-lite-podslice", "v5e:4x4"), ("v6e-4", "v6e:2x2"), ("", "v5e:1x1")],
-)
-def test_a_plan_is_compiled_with_the_flags_of_a_run(monkeypatch, named, name):
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    script = f'R1JAX_TPU={named}; source {ROOT / "launch" / "env.sh"} && printf %s "$LIBTPU_INIT_ARGS"'
-    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    assert sorted(out.split()) == sorted(f"--{flag}={value}" for flag, value in topology.options(name))
-    assert ("async_all_to_all" in out) == ("v5p" in named)
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=true")  # which libtpu reads by itself
-    assert topology.options(name) == ()
-
-
 def test_a_rollout_is_priced_by_how_far_its_cache_has_grown():
     # Half of the steps over 100 places, half over 200: as one over 150. What waits is drawn over the longest.
     assert programs._fullness([100, 200], 0, 200, 200) == 0.5
