@@ -1,6 +1,9 @@
 """One layout: its programs compiled, their memory by kind beside what else lies there, their time, the whole loop's."""
 
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import math
 import re
 import time
@@ -230,6 +233,14 @@ def _first_line(error: Exception) -> str:
     return next((line for line in lines if "hbm" in line.lower()), lines[0]).strip()
 
 
+def _give_back() -> None:
+    """Memory of the last compilation, which is gigabytes for a pod's program, to the system."""
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def make_plan(
     layout: str,
     loop: Loop,
@@ -252,6 +263,7 @@ def make_plan(
             continue  # it takes what prefill gives, as the compiler lays it out
         mesh = meshes["train" if program.name in ("score", "update") else "decode"]
         rows.append(make_row(layout, program, topology, mesh, done, how))
+        _give_back()
         say(f"{layout} {program.name}: compiled in {rows[-1].compile_s:.0f} s")
     spent = {row.program: row.calls * row.est_s for row in rows}
     updates_s = sum(s for name, s in spent.items() if name in ("score", "update"))
