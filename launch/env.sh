@@ -25,7 +25,7 @@ if [[ -z ${LIBTPU_INIT_ARGS:-} ]]; then
     --xla_tpu_enable_data_parallel_all_reduce_opt=true
     --xla_tpu_data_parallel_opt_different_sized_ops=true
   )
-  # Exchanges of tokens between experts too, where the torus has three dimensions: for v5e and v6e the compiler refuses.
+  # Exchanges of tokens between experts too, where the torus has three dimensions: for v5e the compiler refuses.
   case ${R1JAX_TPU:-} in *v4* | *v5p* | *7x*) flags+=(--xla_tpu_enable_async_all_to_all=true) ;; esac
   export LIBTPU_INIT_ARGS="${flags[*]}"
 fi

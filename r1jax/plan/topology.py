@@ -56,7 +56,7 @@ FLAGS = (
     "xla_tpu_enable_data_parallel_all_reduce_opt",
     "xla_tpu_data_parallel_opt_different_sized_ops",
 )
-# With it the compiler takes no exchange on a torus of two dimensions.
+# With it the compiler takes no exchange for v5e, a torus of two dimensions.
 FLAGS_3D = (*FLAGS, "xla_tpu_enable_async_all_to_all")
 
 GIB = 2**30
