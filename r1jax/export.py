@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax import checkpoint, fast_tokenizer, pipeline, run, text
+from r1jax import checkpoint, fast_tokenizer, hand_over, pipeline, run, text
 from r1jax.folders import Folder
 from r1jax.model import convert, fp8, lora, safetensors_io, transformer
 from r1jax.model.config import ModelConfig
@@ -83,7 +83,9 @@ def open_policy(workdir: pathlib.Path, stage: str | None = None, step: int | Non
         params = saved.open(step, {"policy": like})["policy"]
     if adapting is None:
         return model, params
-    frozen = convert.open_leaves(pipeline.base_folder(config["model"]), "float32")[1]
+    start = hand_over.start_of(config, config["stages"].index(stage), workdir)
+    folder = hand_over.adapted_by(config, start, workdir) or pipeline.base_folder(config["model"])
+    frozen = convert.open_leaves(folder, "float32")[1]
     adapters = jax.tree.map(lambda leaf: leaf[()], params)
     return model, lora.merge_lazily(frozen, adapters, model, adapting)
 

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Sequence
 
 from r1jax.folders import Folder, folder_at
-from r1jax.model import convert, families
+from r1jax.model import convert, families, lora
 from r1jax.model.config import ModelConfig
-from r1jax.run import Config, Policy, model_folder
+from r1jax.run import Config, Policy, adapters_folder, model_folder
 
 BASE = "base"
 # Pages that leave the policy as it is: whoever begins with such a stage gets what that one was given.
@@ -28,6 +28,20 @@ def place_of(workdir: pathlib.Path, name: str) -> Folder:
     """What a stage of that name left in WORKDIR/models, else the folder at that path or URL."""
     left = model_folder(workdir, name)
     return folder_at(left if left.exists() else name)
+
+
+def adapters_of(config: Config, name: str, workdir: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the adapters that a stage left, if config.lora asks for any: who begins with it trains them on."""
+    left = adapters_folder(workdir, name)
+    return left if config["lora"]["rank"] and (left / lora.SETTINGS).exists() else None
+
+
+def adapted_by(config: Config, start: str, workdir: pathlib.Path) -> Folder | None:
+    """The folder whose weights a stage trains, or adapts, that begins with `start`; None: config.model.path's."""
+    if start == BASE:
+        return None
+    left = adapters_of(config, start, workdir)
+    return place_of(workdir, start) if left is None else folder_at(lora.base_of(left))
 
 
 def asked(config: Config, name: str, before: Sequence[str]) -> str:

@@ -71,10 +71,18 @@ def model_config(stages: Sequence[str], model: Mapping[str, Any]) -> ModelConfig
     return run.model_config(models[name])
 
 
-def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder: Folder | None = None) -> Policy:
+def load_policy(
+    config: ConfigDict,
+    layouts: dict[str, sharding.Layout],
+    folder: Folder | None = None,
+    adapters: pathlib.Path | None = None,
+) -> Policy:
     """The model in a folder, config.model.path's by default, or random weights if the first stage makes its own.
 
     With config.lora.rank what is trained are adapters, and the weights stay in the dtype that they are stored in.
+
+    Args:
+        adapters: the folder of those to go on with; None: fresh ones.
     """
     from_nothing = folder is None and starts_from_nothing(config.stages)
     folder = folder or base_folder(config.model)
@@ -92,8 +100,12 @@ def load_policy(config: ConfigDict, layouts: dict[str, sharding.Layout], folder:
         model, params = convert.load(folder, layouts["train"].mesh, dtype, progress)
     if adapting is None:
         return Policy(model, params, tokenizer, folder)
+    everywhere = layouts["train"].sharding()
+    if adapters is not None:
+        trained = hosts.put(lora.load_peft(adapters, model, adapting), everywhere)
+        return Policy(model, trained, tokenizer, folder, adapting, params)
     key = jax.random.fold_in(jax.random.key(config.seed), run.ADAPTERS)
-    make = jax.jit(partial(lora.init, model, adapting), out_shardings=layouts["train"].sharding())
+    make = jax.jit(partial(lora.init, model, adapting), out_shardings=everywhere)
     return Policy(model, make(key), tokenizer, folder, adapting, params)
 
 
@@ -224,7 +236,8 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
     layouts = sharding.layouts(mesh, config.decode_mesh.to_dict())
 
     def policy_of(name: str) -> Policy:
-        return load_policy(config, layouts, None if name == "base" else hand_over.place_of(folder, name))
+        weights, adapters = (of(config, name, folder) for of in (hand_over.adapted_by, hand_over.adapters_of))
+        return load_policy(config, layouts, weights, adapters)
 
     def sampler_of(name: str, before: Sequence[str]) -> Policy:
         return policy_of(hand_over.resolve(config, "config.curate.sampler", name, before, folder))

@@ -296,6 +296,11 @@ def model_folder(workdir: pathlib.Path, stage: str) -> pathlib.Path:
     return workdir / "models" / stage
 
 
+def adapters_folder(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """Where a stage leaves its adapters, if it has any."""
+    return workdir / "adapters" / stage
+
+
 def trained(run: Run, like: Params) -> Params:
     """The parameters in this stage's last checkpoint as `Lazy` leaves: no host's memory has room for all of a pod's.
 
@@ -332,9 +337,8 @@ def export(run: Run, policy: Policy, params: Params) -> Policy:
     if policy.lora is not None:
         adapters = jax.tree.map(lambda leaf: leaf[()], weights)
         if hosts.is_writer():
-            lora.save_peft(
-                adapters, policy.config, policy.lora, run.workdir / "adapters" / run.stage, str(policy.folder)
-            )
+            place = adapters_folder(run.workdir, run.stage)
+            lora.save_peft(adapters, policy.config, policy.lora, place, str(policy.folder))
         frozen = convert.open_leaves(policy.folder, "float32")[1]
         weights = lora.merge_lazily(frozen, adapters, policy.config, policy.lora)
     write_model(model_folder(run.workdir, run.stage), policy, weights)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import read
+from safetensors.numpy import load_file
 from tiny_run import POLICY, ROOT, STAGE, execute, make_config, make_policy
 
 from r1jax import chat, checkpoint, export, pipeline, run, text
@@ -57,6 +58,39 @@ def test_an_adapted_run_leaves_a_peft_folder_and_small_checkpoints(finished: dic
         return sum(f.stat().st_size for f in (finished[kind] / "checkpoints").rglob("*") if f.is_file())
 
     assert saved_bytes("adapted") < saved_bytes("whole") / 2
+
+
+def test_a_stage_goes_on_with_the_adapters_of_the_one_before_in_one_go_or_in_two(
+    finished: dict, tmp_path: pathlib.Path
+) -> None:
+    page = {"page": STAGE, "start": "base"}
+    settings = {"pipeline": {"first": page, "second": {"page": STAGE}}, "rl__updates": 2, "eval__problems": 0}
+    settings |= {"lora__rank": 2, "lora__targets": ("q_proj", "o_proj")}
+    both = make_config(finished["policy"], stages=("first", "second"), **settings)
+    execute(both, tmp_path / "at once")
+    execute(make_config(finished["policy"], stages=("first",), **settings), tmp_path / "in two")
+    execute(both, tmp_path / "in two")
+    first, second, resumed = (
+        [
+            load_file(tmp_path / run / "adapters" / stage / "adapter_model.safetensors"),
+            read(tmp_path / run / "models" / stage),
+        ]
+        for run, stage in (("at once", "first"), ("at once", "second"), ("in two", "second"))
+    )
+    for before, after, again in zip(first, second, resumed, strict=True):
+        assert any(not np.array_equal(before[name], after[name]) for name in after)
+        assert all(np.array_equal(again[name], after[name]) for name in after)
+    export.export(tmp_path / "in two", tmp_path / "out")
+    for name, tensor in read(tmp_path / "out").items():
+        np.testing.assert_allclose(tensor, second[1][name], atol=1e-6, rtol=0, err_msg=name)
+
+    both.lora.rank = 4
+    shutil.rmtree(tmp_path / "in two" / "models" / "second")
+    with pytest.raises(ValueError, match="adapters of rank 2, alpha .* and targets o_proj, q_proj; set config.lora"):
+        execute(both, tmp_path / "in two")
+    (tmp_path / "in two/adapters/first/adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="adapters/first holds a damaged file"):
+        execute(both, tmp_path / "in two")
 
 
 def test_steps_and_stages_are_chosen(finished: dict, tmp_path: pathlib.Path) -> None:
@@ -176,7 +210,7 @@ def test_an_export_holds_a_few_tensors_at_a_time(
     base, workdir = tmp_path / "base", tmp_path / "run"
     convert.save(params, config, base, run.companions(folder_at(pipeline.BASE)))
     monkeypatch.setattr(checkpoint, "SPLIT_BYTES", 1 << 20)
-    written = {"stages": [STAGE], "model": {"path": str(base)}, "data": {"template": "plain"}}
+    written = {"stages": [STAGE], "pipeline": {}, "model": {"path": str(base)}, "data": {"template": "plain"}}
     saved, whole = params, params
     if adapters:
         written["lora"] = {"rank": 2, "alpha": 4.0, "targets": ["o_proj", "down_proj"]}

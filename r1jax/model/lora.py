@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from r1jax import hosts
 from r1jax.model import tensors
@@ -29,6 +30,7 @@ from r1jax.model.config import ModelConfig
 from r1jax.types import Lazy, Params
 
 KEY = "adapters"  # the one top-level key of the tree
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # files of PEFT
 
 
 @partial(
@@ -190,5 +192,39 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    hosts.atomic_write(folder / "adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
-    hosts.atomic_write(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")
+    hosts.atomic_write(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    hosts.atomic_write(folder / SETTINGS, json.dumps(described, indent=2) + "\n")
+
+
+def base_of(folder: pathlib.Path) -> str:
+    """Name or path of the released model that a folder's adapters belong to, as `save_peft` was told."""
+    return json.loads((folder / SETTINGS).read_text("utf-8"))["base_model_name_or_path"]
+
+
+def load_peft(folder: pathlib.Path, config: ModelConfig, lora: Lora) -> dict:
+    """What `save_peft` left, as arrays on the host.
+
+    Raises:
+        ValueError: adapters of another size or at other places than `lora` asks for; a damaged file.
+    """
+    try:
+        was = json.loads((folder / SETTINGS).read_text("utf-8"))
+        weights = load((folder / WEIGHTS).read_bytes())
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds a damaged file ({error}); begin anew under another --workdir") from error
+    out = shapes(config, lora)
+    stored = {
+        (name, ours): [f"base_model.model.{one.removesuffix('.weight')}.{theirs}.weight" for one in entry.names]
+        for name, entry in adapted(config, lora).items()
+        for theirs, ours in (("lora_A", "a"), ("lora_B", "b"))
+    }
+    is_alike = was["r"] == lora.rank and was["lora_alpha"] == lora.alpha
+    if not is_alike or weights.keys() != {one for names in stored.values() for one in names}:
+        targets = ", ".join(sorted({target.rpartition(".")[2] for target in was["target_modules"]}))
+        raise ValueError(
+            f"{folder} holds adapters of rank {was['r']}, alpha {was['lora_alpha']:g} and targets {targets}; set "
+            "config.lora to these, or begin anew under another --workdir"
+        )
+    for (name, ours), names in stored.items():
+        out[KEY][name][ours] = np.stack([weights[one] for one in names])
+    return out
