@@ -22,6 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # What a plan shows, and no curve.
     "gather": {"model.expert_exchange": "gather"},
     "all_to_all": {"model.expert_exchange": "all_to_all"},
+    "ragged_all_to_all": {"model.expert_exchange": "ragged_all_to_all"},
     "bf16_moments": {"optim.moments_dtype": "bfloat16"},
     "remat_full": {"model.remat": "full"},
     # The last part of the report's schedule, *reported*.

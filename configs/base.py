@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 "remat": "none",
                 "scan_unroll": 1,  # layers per step of the scan over layers
                 "attention": "auto",  # over rows: whole, blocks, kernel (TPU); auto: what row and device call for
-                "expert_exchange": "gather",  # tokens to experts on other devices: gather, all_to_all
+                "expert_exchange": "gather",  # of tokens between devices: gather, all_to_all, ragged_all_to_all
                 "expert_slack": 1.5,  # room for what comes from there at once, in multiples of the mean
             },
             "cpu_devices": 1,  # as how many devices the CPU of each host counts; accelerators are not concerned

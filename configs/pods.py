@@ -25,7 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
         # --config.sampler.slots=4096, since caches of twice the length leave room for half of the slots.
         "rl.length_schedule": (),
         "rl.microbatch_rows": 64,
-        "model.expert_exchange": "all_to_all",
+        "model.expert_exchange": "ragged_all_to_all",  # "all_to_all" on a v5e, which does not have it
         "model.remat": "attention",
         "sampler.slots": 8192,
         "sampler.prefill_prompts": 1024,

@@ -9,8 +9,9 @@ import pytest
 from tiny import DEEPSEEK, jit, random_params
 
 from r1jax import sharding
+from r1jax.model import exchange as exchanges
 from r1jax.model import experts
-from r1jax.model.config import Paths
+from r1jax.model.config import EXPERT_EXCHANGES, Paths
 from r1jax.model.exchange import peers_per_token
 from r1jax.model.moe import moe
 
@@ -20,7 +21,7 @@ MESHES = [{"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}]
 
 # Several rounds, about one, so much room that all_to_all gathers instead; few rows are summed by a product.
 @pytest.mark.parametrize(("slack", "few"), [(0.2, 256), (1.0, 0), (8.0, 256)])
-@pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
+@pytest.mark.parametrize("exchange", EXPERT_EXCHANGES)
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_experts_apart_are_experts_at_hand(
     sizes: dict[str, int], exchange: str, slack: float, few: int, monkeypatch: pytest.MonkeyPatch
@@ -33,6 +34,11 @@ def test_experts_apart_are_experts_at_hand(
     replay[1] = [7, 0]
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     layout = sharding.layouts(sharding.make_mesh(sizes, devices))["train"]
+    if (
+        exchange == "ragged_all_to_all" and sizes == MESHES[1]
+    ):  # two experts a device: rows that nobody sent are not read
+        bad = lambda keep, rows: jnp.where(keep[:, None, None], rows, jnp.nan)  # noqa: E731
+        monkeypatch.setattr(exchanges, "where_rows", bad)
 
     def both(p: dict, x: jax.Array, layout: sharding.Layout | None, paths: Paths) -> tuple:
         with sharding.use(layout):

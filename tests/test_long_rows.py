@@ -77,7 +77,9 @@ def test_rows_of_65536_tokens_take_memory_by_the_token() -> None:
 def test_an_unknown_path_is_named() -> None:
     with pytest.raises(ValueError, match="config.model.attention is 'ring', wanted one of auto, whole, blocks, kernel"):
         Paths(attention="ring")
-    with pytest.raises(ValueError, match="config.model.expert_exchange is 'ring', wanted one of gather, all_to_all"):
+    with pytest.raises(
+        ValueError, match="config.model.expert_exchange is 'ring', wanted one of gather, all_to_all, ragged"
+    ):
         Paths(expert_exchange="ring")
     with pytest.raises(ValueError, match="config.model.expert_slack is 0, wanted above 0"):
         Paths(expert_slack=0)

@@ -26,7 +26,7 @@ class Rope:
 
 
 ATTENTION_PATHS = ("auto", "whole", "blocks", "kernel")
-EXPERT_EXCHANGES = ("gather", "all_to_all")
+EXPERT_EXCHANGES = ("gather", "all_to_all", "ragged_all_to_all")
 
 
 @dataclasses.dataclass(frozen=True)

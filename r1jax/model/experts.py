@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from r1jax import sharding
 from r1jax.model.quantize import Matrix, Quantized
@@ -25,44 +25,49 @@ TILE_SIDES = 1024, 1024
 LANES = 128
 
 
+def where_rows(keep: Bool[Array, "r"], rows: Float[Array, "r *D"]) -> Float[Array, "r *D"]:
+    """The rows to keep, zeros in place of the others."""
+    return jnp.where(keep.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+
+
 @jax.custom_vjp
-def _move(x: Float[Array, "m D"], source: Int[Array, "r"], target: Int[Array, "m"]) -> Float[Array, "r D"]:
+def move(x: Float[Array, "m *D"], source: Int[Array, "r"], target: Int[Array, "m"]) -> Float[Array, "r *D"]:
     """Row i of the result is x[source[i]], zero where source is negative; target is the inverse map."""
     del target
-    return jnp.where((source >= 0)[:, None], x[source], 0)
+    return where_rows(source >= 0, x[source])
 
 
 def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _move(x, source, target), (source, target)
+    return move(x, source, target), (source, target)
 
 
 def _move_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None, None]:
     source, target = saved
-    return _move(grad, target, source), None, None
+    return move(grad, target, source), None, None
 
 
-_move.defvjp(_move_forward, _move_backward)
+move.defvjp(_move_forward, _move_backward)
 
 
 @jax.custom_vjp
-def spread(x: Float[Array, "n D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "r D"]:
+def spread(x: Float[Array, "n *D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "r *D"]:
     """Row i of the result is x[source[i]], zero where source is negative; target says where a token's copies go."""
     del target
-    return jnp.where((source >= 0)[:, None], x[source], 0)
+    return where_rows(source >= 0, x[source])
 
 
 @jax.custom_vjp
-def gather_sum(rows: Float[Array, "r D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "n D"]:
-    """Of each token the sum of its copies: the transpose of `spread`."""
-    del source
+def gather_sum(rows: Float[Array, "r *D"], source: Int[Array, "r"], target: Int[Array, "n K"]) -> Float[Array, "n *D"]:
+    """Of each token the sum of its copies: the transpose of `spread`. Rows without a source may hold anything."""
     if rows.shape[0] <= FEW * target.shape[1]:  # one product is less than K passes over all tokens
         is_of = (target[:, :, None] == jnp.arange(rows.shape[0])).any(1).astype(rows.dtype)
-        return jnp.matmul(is_of, rows, preferred_element_type=jnp.float32).astype(rows.dtype)
-    start = jnp.zeros((target.shape[0], rows.shape[1]), rows.dtype)
+        rows = where_rows(source >= 0, rows)
+        return jnp.einsum("nr,r...->n...", is_of, rows, preferred_element_type=jnp.float32).astype(rows.dtype)
+    start = jnp.zeros((target.shape[0], *rows.shape[1:]), rows.dtype)
 
     # One copy after the other: all at once they would be K times the tokens.
     def add(total: Array, at: Array) -> tuple[Array, None]:
-        return (total + jnp.where((at >= 0)[:, None], rows[at], 0), None)
+        return (total + where_rows(at >= 0, rows[at]), None)
 
     return jax.lax.scan(add, start, target.T)[0]
 
@@ -83,6 +88,11 @@ def _block_rows(assigned: int, experts: int) -> int:
     while size < 128 and size * 8 * experts <= assigned:
         size *= 2
     return size
+
+
+def row_tile(rows: int, block: int) -> int:
+    """Of what so many rows are made a multiple, for the sake of the TPU's grouped product; at least a block."""
+    return TILE if rows >= TILE else 128 if rows >= 128 else block
 
 
 def _plan(
@@ -167,18 +177,40 @@ def _grouped(
     """x's blocks times their own expert's matrix."""
     kind = sharding.device_kind()
     run = GROUPED[kind if kind in GROUPED else sharding.platform()]
+    if sharding.platform() == "tpu" and x.shape[0] >= TILE * sizes.shape[0]:
+        run = _megablox  # of ragged_dot a tile has 128 rows, for which it reads a matrix anew: too few to be worth it
     if not isinstance(w, Quantized):
         return run(x, w, owner, sizes)
-    is_read = w.values.dtype == jnp.int8 and kind in READ_INT8
+    is_read = w.values.dtype == jnp.int8 and run is _ragged
     y = run(x, w.values if is_read else w.values.astype(x.dtype), owner, sizes)
     scaled = y.reshape(owner.shape[0], -1, y.shape[-1]) * w.scale[owner]
     return scaled.reshape(y.shape).astype(x.dtype)
 
 
-def _through(h: Array, weights: Weights, owner: Array, sizes: Array) -> Array:
+def _through(
+    h: Array, weights: Weights, owner: Array, sizes: Array, share: Float[Array, "r 1"] | None = None
+) -> Float[Array, "r D"]:
+    """Each block through its expert, times `share`: before the last product, whose result no gradient needs then."""
     gate, up, down = weights
     h = jax.nn.silu(_grouped(h, gate, owner, sizes)) * _grouped(h, up, owner, sizes)
-    return _grouped(h, down, owner, sizes)
+    return _grouped(h if share is None else h * share.astype(h.dtype), down, owner, sizes)
+
+
+def experts_own(
+    x: Float[Array, "m D"], ids: Int[Array, "m"], weights: Weights, share: Float[Array, "m 1"] | None = None
+) -> Float[Array, "m D"]:
+    """Each row through its own expert, times `share`.
+
+    Rows of none (ids outside 0..E-1) come last, hold anything and give anything: no product reads them, nor does its
+    gradient.
+    """
+    (m,), experts = ids.shape, weights[0].shape[0]
+    block = _block_rows(m, experts)
+    if experts == 1 and m % block == 0:  # nothing to sort
+        return _through(x, weights, jnp.zeros(m // block, jnp.int32), (ids == 0).sum(keepdims=True), share)
+    source, target, owner, sizes = _plan(ids, experts, block)
+    share = None if share is None else move(share, source, target)
+    return move(_through(move(x, source, target), weights, owner, sizes, share), target, source)
 
 
 def experts_local(
@@ -191,11 +223,8 @@ def experts_local(
 ) -> Float[Array, "n D"]:
     """Sum over each token's experts, all of which are held here, times their gates."""
     n, k = ids.shape
-    experts = gate.shape[0]
-    source, target, owner, sizes = _plan(ids.reshape(-1), experts, _block_rows(n * k, experts))
     copies = jnp.broadcast_to(x[:, None], (n, k, x.shape[-1])).reshape(n * k, -1)
-    y = _through(_move(copies, source, target), (gate, up, down), owner, sizes)
-    y = _move(y, target, source).reshape(n, k, -1)
+    y = experts_own(copies, ids.reshape(-1), (gate, up, down)).reshape(n, k, -1)
     return (y * gates[..., None].astype(y.dtype)).sum(1)
 
 
@@ -214,7 +243,7 @@ def experts_some(
     k, experts = ids.shape[1], weights[0].shape[0]
     block = _block_rows(room, experts)
     source, target, owner, sizes = _plan(ids.reshape(-1), experts, block)
-    tile = TILE if room >= TILE else 128 if room >= 128 else block
+    tile = row_tile(room, block)
     room = min(-(-(room + experts * block) // tile) * tile, -(-source.shape[0] // tile) * tile)
     most = -(-source.shape[0] // room)
     source = jnp.pad(source, (0, most * room - source.shape[0]), constant_values=-1)
@@ -229,10 +258,8 @@ def experts_some(
         sizes = jnp.diff(jnp.clip(ends - first, 0, room), prepend=0)
         target = jnp.where((target >= first) & (target < first + room), target - first, -1)
         token, target_of = jnp.where(here >= 0, here // k, -1), target.reshape(-1, k)
-        y = _through(spread(x, token, target_of), weights, owner, sizes)
-        share = _move(gates.reshape(-1, 1), here, target).astype(y.dtype)
-        # Rows of no assignment hold whatever the product left there.
-        y = jnp.where((token >= 0)[:, None], y * share, 0)
+        share = move(gates.reshape(-1, 1), here, target)
+        y = _through(spread(x, token, target_of), weights, owner, sizes, share)
         return gather_sum(y, token, target_of)
 
     rounds = jnp.maximum(-(-ends[-1] // room), 1) if most > 1 else 1

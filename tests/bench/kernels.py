@@ -3,9 +3,11 @@
 Compiles each kernel for a v5e and a v5p core with the compiler that libtpu brings, has it write out its schedule, and
 counts the instruction bundles, one a cycle, of a step of the grid. Decoding: a step is 1,024 cached tokens of a
 sequence of DeepSeek-V3 (128 heads, latents of 512 + 64 values in bfloat16, 640 as they lie in memory). Attention over
-rows: a step is a pair of blocks of one head. An estimate: nothing ran.
+rows: a step is a pair of blocks of one head. Grouped products, by jax's megablox: a step is a tile of 512 rows, 1,024 x
+1,024 of an expert's matrix. An estimate: nothing ran.
 """
 
+import math
 import pathlib
 import re
 import subprocess
@@ -14,6 +16,7 @@ import tempfile
 from os import environ
 from typing import NamedTuple
 
+from r1jax.model import experts
 from r1jax.model.kernels import flash
 
 
@@ -54,15 +57,26 @@ key, value = like(1, 8192, 8, {KEY_WIDTH}), like(1, 8192, 8, {VALUE_WIDTH})
 ids, start = like(1, 8192, dtype=jnp.int32), like(dtype=jnp.int32)
 query = like(1, 8192, 8, 1, {KEY_WIDTH})
 jax.jit(jax.grad(attention, argnums=(0, 1, 2))).lower(query, key, value, ids, start).compile()
+from jax.experimental.pallas.ops.tpu.megablox import ops
+def product(x, w, sizes):
+    return ops.gmm(x, w, sizes, x.dtype, {(experts.TILE, *experts.TILE_SIDES)}).astype(jnp.float32).sum()
+rows = like(24 * {experts.TILE}, 7168), like(2, 7168, 2048), like(2, dtype=jnp.int32)
+jax.jit(jax.grad(product, argnums=(0, 1))).lower(*rows).compile()
+jax.jit(product).lower(*rows).compile()
 """
 
 # Operations of a step, by kernel.
 PAIR = 2 * flash.QUERIES * flash.KEYS
+TILE = 2 * experts.TILE * math.prod(experts.TILE_SIDES)
 STEPS = {
     "mla_decode": 2 * BLOCK * HEADS * (WIDTH + RANK),
     "forward_kernel": PAIR * (KEY_WIDTH + VALUE_WIDTH),
     "queries_kernel": PAIR * (2 * KEY_WIDTH + VALUE_WIDTH),
     "keys_kernel": PAIR * (2 * KEY_WIDTH + 2 * VALUE_WIDTH),
+    # Twice in the kernel, for the last tile along the sum and for the others: a step takes one of them.
+    "-gmm.": 2 * TILE,
+    "-transpose_jvp_jit_gmm": 2 * TILE,
+    "-transpose_jvp_jit_tgmm": TILE,
 }
 
 
@@ -92,7 +106,7 @@ def main() -> None:
     for name, chip in CHIPS.items():
         for kernel, bundles in counted[name].items():
             peak = chip.flops / chip.cores / chip.clock_hz  # operations of a core in a cycle
-            print(f"| {kernel} | {name} | {bundles:,} | {STEPS[kernel] / peak / bundles:.0%} |")
+            print(f"| {kernel.strip('-.')} | {name} | {bundles:,} | {STEPS[kernel] / peak / bundles:.0%} |")
     print("\n| chips | tokens | kernel, ms | bandwidth limit, ms | compute limit, ms | of the longer |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, chip in CHIPS.items():
