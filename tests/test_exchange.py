@@ -1,12 +1,17 @@
 """Laws of experts on other devices: however tokens get there, the sum and its gradient are those of one device."""
 
 import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import DEEPSEEK, jit, random_params
+from tiny_run import ROOT
 
 from r1jax import sharding
 from r1jax.model import exchange as exchanges
@@ -55,3 +60,45 @@ def test_experts_apart_are_experts_at_hand(
 def test_groups_bound_how_far_a_token_travels() -> None:
     config = dataclasses.replace(DEEPSEEK, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4)
     assert [peers_per_token(config, n) for n in (2, 4, 8, 16, 64)] == [2, 4, 4, 8, 8]
+
+
+COMPILE = """
+import dataclasses, sys
+import jax, jax.numpy as jnp
+from configs.models import MODELS
+from r1jax import run, sharding
+from r1jax.model import transformer
+from r1jax.model.config import Paths
+from r1jax.model.moe import moe
+from r1jax.plan import estimate, topology
+
+sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+config = dataclasses.replace(run.model_config(MODELS["deepseek_v2_lite"]), **sizes)
+tpu = topology.open_topology(sys.argv[1])
+mesh = sharding.make_mesh({"expert": 4}, list(tpu.devices))
+layout = sharding.layouts(mesh)["train"]
+lies = run.param_shardings(config, layout)["moe"]["mlp"]
+like = lambda s, where: jax.ShapeDtypeStruct(s.shape[1:], s.dtype, sharding=layout.sharding(*where.spec[1:]))
+p = jax.tree.map(like, transformer.shapes(config)["moe"]["mlp"], lies)
+x = jax.ShapeDtypeStruct((4, 1024, 2048), jnp.bfloat16, sharding=layout.sharding("rows", None, None))
+def loss(p, x):
+    p = {name: w if "router" in name else jax.tree.map(lambda a: a.astype(x.dtype), w) for name, w in p.items()}
+    return moe(p, config, x, None, Paths(expert_exchange="ragged_all_to_all"))[0].astype(jnp.float32).sum()
+with sharding.use(layout):
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(p, x).compile().as_text()
+whole, half = (estimate.cost(text, tpu, mesh, 1, {"grouped": share}) for share in (1.0, 0.5))
+sent = sum(size for (kind, _), size in whole.moved.items() if kind == "ragged-all-to-all")
+print("priced", whole.kernel_s > 1.4 * half.kernel_s > 0, round(sent / (2048 * 2048 * 2)))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install libtpu")
+def test_the_ragged_exchange_compiles_for_a_pod_and_its_products_are_priced() -> None:
+    def compiled(name: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        words = [sys.executable, "-c", COMPILE, name]
+        return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+    # Of what is sent, the rows there are and not the room for them: tokens there, the gradient there and back.
+    assert (done := compiled("v5p:2x2x1")).stdout.endswith("priced True 3\n"), done.stderr
+    assert "which a v5e does not have; set it to all_to_all" in compiled("v5e:2x2").stderr
