@@ -22,11 +22,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **BFLOAT16,
         # The second part of the report's schedule is planned by its own: --ablation=late_length
-        # --config.sampler.slots=4096, since caches of twice the length leave room for half of the slots.
+        # --config.sampler.slots=4096 --config.model.remat=attention: caches of twice the length leave room for half of
+        # the slots, rows of twice the length for less that is kept.
         "rl.length_schedule": (),
         "rl.microbatch_rows": 64,
         "model.expert_exchange": "ragged_all_to_all",  # "all_to_all" on a v5e, which does not have it
-        "model.remat": "attention",
+        "model.remat": "experts",
         "sampler.slots": 8192,
         "sampler.prefill_prompts": 1024,
         "sampler.cache_bucket": 4480,  # five steps of half as much end at 34,032 tokens, for 33,792

@@ -120,12 +120,14 @@ def test_remat_changes_no_gradient() -> None:
     want = gradient("none", "whole")(params)
     assert min(np.abs(g).max() for g in jax.tree.leaves(want)) > 0
     tried = {
-        remat: gradient(remat, "whole" if remat == "dots" else "blocks") for remat in ("dots", "full", "attention")
+        remat: gradient(remat, "whole" if remat == "dots" else "blocks")
+        for remat in ("dots", "full", "attention", "experts")
     }
     for program in tried.values():
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **COMPOSED), program(params), want)
-    # What attention gave is kept, so it does not run again.
-    assert tried["attention"].cost_analysis()["flops"] < tried["full"].cost_analysis()["flops"]
+    # What attention gave is kept, so it does not run again; nor do the experts' first products.
+    flops = [tried[remat].cost_analysis()["flops"] for remat in ("experts", "attention", "full")]
+    assert flops[0] < flops[1] < flops[2]
 
 
 # --- mixture of experts --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax import sharding
@@ -18,6 +19,7 @@ from r1jax.model.quantize import Matrix, Quantized
 
 Weights = tuple[Matrix, Matrix, Matrix]  # gate and up [E, D, F], down [E, F, D]
 
+ROUTED = "routed"  # names what experts were given and made of it before their last product, for transformer.REMAT
 FURTHER_ROUNDS = "further_rounds"  # names loops that seldom have anything to do: r1jax.plan counts on that
 FEW = 256  # rows per copy: as many operations as a TPU does while it moves a token once through memory
 TILE = 512  # rows of megablox's tile on TPU; its other sides below
@@ -192,7 +194,9 @@ def _through(
 ) -> Float[Array, "r D"]:
     """Each block through its expert, times `share`: before the last product, whose result no gradient needs then."""
     gate, up, down = weights
-    h = jax.nn.silu(_grouped(h, gate, owner, sizes)) * _grouped(h, up, owner, sizes)
+    h = checkpoint_name(h, ROUTED)
+    opened, passed = (checkpoint_name(_grouped(h, w, owner, sizes), ROUTED) for w in (gate, up))
+    h = jax.nn.silu(opened) * passed
     return _grouped(h if share is None else h * share.astype(h.dtype), down, owner, sizes)
 
 
@@ -285,15 +289,13 @@ def in_rounds(one: Callable[..., Array], rounds: Array | int, ints: tuple, float
         return rest(rounds, one(0, ints, floats), lambda r: one(r, ints, floats))
 
     def forward(rounds: Array, ints: tuple, floats: tuple) -> tuple[Array, tuple]:
-        return total(rounds, ints, floats), (rounds, ints, floats)
+        first, pull = jax.vjp(partial(one, 0, ints), floats)
+        return rest(rounds, first, lambda r: one(r, ints, floats)), (rounds, ints, floats, pull)
 
     def backward(saved: tuple, grad: Array) -> tuple[None, None, tuple]:
-        rounds, ints, floats = saved
-
-        def of(r: Array | int) -> tuple:
-            return jax.vjp(lambda floats: one(r, ints, floats), floats)[1](grad)[0]
-
-        return None, None, rest(rounds, of(0), of)
+        rounds, ints, floats, pull = saved
+        of = lambda r: jax.vjp(partial(one, r, ints), floats)[1](grad)[0]  # noqa: E731
+        return None, None, rest(rounds, pull(grad)[0], of)
 
     total.defvjp(forward, backward)
     return total(rounds, ints, floats)

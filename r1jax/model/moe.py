@@ -93,7 +93,8 @@ def moe(
 
     Neither waits for the other, so that the compiler may compute the shared ones while tokens travel. It does: with
     all_to_all on 16 chips of a v5p and of a v5e, V2-Lite's widths and the flags of launch/env.sh, it puts their first
-    two products into the tokens' way back, and those of their gradients into the gradients' exchanges.
+    two products into the tokens' way back, and those of their gradients into the gradients' exchanges. A
+    ragged_all_to_all it has nothing run beside on a v5p.
 
     Args:
         axes: logical axes of B and T, over all of which devices have tokens of their own for the experts.

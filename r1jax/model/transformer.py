@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.model import gqa, mla, vocabulary
 from r1jax.model.blockwise import ATTENDED
 from r1jax.model.config import DEFAULT_PATHS, ModelConfig, Paths
+from r1jax.model.experts import ROUTED
 from r1jax.model.layers import Mask, Mlp, attention_mask, mlp, ones, rms_norm, rows, weight
 from r1jax.model.lora import of_layer
 from r1jax.model.moe import Moe, expert_load, moe
@@ -34,6 +35,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # What attention read and what it gave: a few numbers a token, which cost the most where rows are long.
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    # Also what came to the routed experts, so that tokens travel once, and their first products.
+    "experts": jax.checkpoint_policies.save_only_these_names(ATTENDED, ROUTED),
 }
 
 
