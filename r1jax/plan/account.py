@@ -27,8 +27,8 @@ REMEDIES = {
     "cache": "fewer sampler.slots, a shorter rl.max_completion_tokens, or a larger decode_mesh.data, .fsdp or .expert",
     "gradients": "spread them further: larger mesh.fsdp or mesh.expert",
     "batch": "fewer rl.minibatches or prompts_per_update, larger mesh.context, or rl.router_replay=False",
-    "activations": "lower rl.microbatch_rows, model.remat=full, larger mesh.context or .tensor; in sampling, fewer "
-    "sampler.prefill_prompts or sampler.slots",
+    "activations": "lower rl.microbatch_rows, model.remat=attention or full, larger mesh.context or .tensor; in "
+    "sampling, fewer sampler.prefill_prompts or sampler.slots",
 }
 # What may lie in host memory instead.
 TO_HOST = {"optimizer": "optim.moments_on=host", "reference": "rl.reference_on=host"}
