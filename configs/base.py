@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
                 "compute_dtype": "float32",  # of activations and of the weights while they are used: float32, bfloat16
                 "cache_dtype": "float32",  # of the sampler's cache
                 # What the backward pass computes again: none, dots, full, attention (all but attention over long rows),
-                # experts (neither attention nor what goes to experts and its first products).
+                # experts (nor the experts' first products, nor what an exchange all to all brought to them).
                 "remat": "none",
                 "scan_unroll": 1,  # layers per step of the scan over layers
                 "attention": "auto",  # over rows: whole, blocks, kernel (TPU); auto: what row and device call for

@@ -31,7 +31,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((workdir / "config.json").read_text("utf-8"))
-        return {"stages": config["stages"], "model": config["model"], **config}
+        return {"stages": config["stages"], "model": config["model"], "pipeline": {}, **config}
     except FileNotFoundError:
         raise ValueError(f"--checkpoint: {workdir} is no run folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -31,17 +31,31 @@ def place_of(workdir: pathlib.Path, name: str) -> Folder:
 
 
 def adapters_of(config: Config, name: str, workdir: pathlib.Path) -> pathlib.Path | None:
-    """The folder of the adapters that a stage left, if config.lora asks for any: who begins with it trains them on."""
-    left = adapters_folder(workdir, name)
-    return left if config["lora"]["rank"] and (left / lora.SETTINGS).exists() else None
+    """The folder of the adapters that a stage left, if config.lora asks for such: who begins with it trains them on.
+
+    Where it left others, or none, its whole model gets fresh ones.
+    """
+    left, wanted = adapters_folder(workdir, name), config["lora"]
+    if not wanted["rank"] or not (left / lora.SETTINGS).exists():
+        return None
+    was, _ = lora.settings(left)
+    is_such = (was.rank, was.alpha, set(was.targets)) == (wanted["rank"], wanted["alpha"], set(wanted["targets"]))
+    return left if is_such else None
 
 
 def adapted_by(config: Config, start: str, workdir: pathlib.Path) -> Folder | None:
     """The folder whose weights a stage trains, or adapts, that begins with `start`; None: config.model.path's."""
     if start == BASE:
         return None
-    left = adapters_of(config, start, workdir)
-    return place_of(workdir, start) if left is None else folder_at(lora.base_of(left))
+    if (left := adapters_of(config, start, workdir)) is None:
+        return place_of(workdir, start)
+    _, base = lora.settings(left)
+    if folder_at(base).exists():
+        return folder_at(base)
+    # The run folder or the base has moved since.
+    *_, parent, name = pathlib.Path(base).parts
+    here = model_folder(workdir, name)
+    return folder_at(here) if parent == here.parent.name and here.exists() else None
 
 
 def asked(config: Config, name: str, before: Sequence[str]) -> str:

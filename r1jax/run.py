@@ -333,11 +333,12 @@ def export(run: Run, policy: Policy, params: Params) -> Policy:
 
     Adapters are merged there and lie in WORKDIR/adapters/STAGE as well.
     """
-    weights = trained(run, params)
+    weights, place = trained(run, params), adapters_folder(run.workdir, run.stage)
+    if policy.lora is None and hosts.is_writer():
+        shutil.rmtree(place, ignore_errors=True)  # of another life of this folder: else who comes next takes them up
     if policy.lora is not None:
         adapters = jax.tree.map(lambda leaf: leaf[()], weights)
         if hosts.is_writer():
-            place = adapters_folder(run.workdir, run.stage)
             lora.save_peft(adapters, policy.config, policy.lora, place, str(policy.folder))
         frozen = convert.open_leaves(policy.folder, "float32")[1]
         weights = lora.merge_lazily(frozen, adapters, policy.config, policy.lora)

@@ -16,7 +16,7 @@ from folders import read
 from safetensors.numpy import load_file
 from tiny_run import POLICY, ROOT, STAGE, execute, make_config, make_policy
 
-from r1jax import chat, checkpoint, export, pipeline, run, text
+from r1jax import chat, checkpoint, export, hand_over, pipeline, run, text
 from r1jax.folders import folder_at
 from r1jax.model import convert, fp8, lora, transformer
 
@@ -84,13 +84,24 @@ def test_a_stage_goes_on_with_the_adapters_of_the_one_before_in_one_go_or_in_two
     for name, tensor in read(tmp_path / "out").items():
         np.testing.assert_allclose(tensor, second[1][name], atol=1e-6, rtol=0, err_msg=name)
 
-    both.lora.rank = 4
+    # Adapters of another size are not trained on: the whole model gets fresh ones. Elsewhere, nothing is different.
     shutil.rmtree(tmp_path / "in two" / "models" / "second")
-    with pytest.raises(ValueError, match="adapters of rank 2, alpha .* and targets o_proj, q_proj; set config.lora"):
-        execute(both, tmp_path / "in two")
-    (tmp_path / "in two/adapters/first/adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="adapters/first holds a damaged file"):
-        execute(both, tmp_path / "in two")
+    (tmp_path / "in two").rename(tmp_path / "moved")
+    wider = make_config(finished["policy"], stages=("first",), **{**settings, "lora__rank": 4})
+    first = ("first", tmp_path / "moved")
+    assert hand_over.adapters_of(wider, *first) is None
+    assert hand_over.adapted_by(wider, *first).root == str(tmp_path / "moved/models/first")
+    assert hand_over.adapters_of(both, *first) == tmp_path / "moved/adapters/first"
+    assert hand_over.adapted_by(both, *first).root == str(finished["policy"])
+    described = tmp_path / "moved/adapters/first/adapter_config.json"
+    described.write_text(described.read_text().replace(str(finished["policy"]), "/gone/models/first"))
+    assert hand_over.adapted_by(both, *first).root == str(tmp_path / "moved/models/first")
+    (tmp_path / "moved/adapters/first/adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
+        execute(both, tmp_path / "moved")
+    described.write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged \(KeyError"):
+        execute(both, tmp_path / "moved")
 
 
 def test_steps_and_stages_are_chosen(finished: dict, tmp_path: pathlib.Path) -> None:
@@ -210,7 +221,7 @@ def test_an_export_holds_a_few_tensors_at_a_time(
     base, workdir = tmp_path / "base", tmp_path / "run"
     convert.save(params, config, base, run.companions(folder_at(pipeline.BASE)))
     monkeypatch.setattr(checkpoint, "SPLIT_BYTES", 1 << 20)
-    written = {"stages": [STAGE], "pipeline": {}, "model": {"path": str(base)}, "data": {"template": "plain"}}
+    written = {"stages": [STAGE], "model": {"path": str(base)}, "data": {"template": "plain"}}
     saved, whole = params, params
     if adapters:
         written["lora"] = {"rank": 2, "alpha": 4.0, "targets": ["o_proj", "down_proj"]}

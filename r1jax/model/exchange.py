@@ -1,27 +1,29 @@
 """Tokens to experts on other devices and back: every token to everybody, or each only where it is needed.
 
 "gather": the tokens of all devices that share the experts are gathered, and the sums are scattered back.
-"ragged_all_to_all": each device sends each other what is for it, however much that is, once per expert. Only tokens
-travel, and how unevenly they go matters only where a device gets more than it has room for (then another round
-follows). So on a pod: 256 devices that share the experts have 64 rows of 2,048 tokens for each other on average, and
-some pair always much more. A v5e does not have it.
 "all_to_all": a token goes once to each device that holds any of its experts (DeepSeek-V3, arXiv 2412.19437, section
 2.1.2), with a fixed number of places per pair of devices. What finds no place goes in a further round, so that none is
 dropped. There, routing limited to groups bounds to how many nodes a token goes, which then pass it on within: an
 exchange of two stages, which this is not. Here it bounds the devices only while they are few: for DeepSeek-V3 a token
 goes to 4 of 4 or 8 devices, but to 8, as many as it has experts, of 16 and more, as on a pod.
+"ragged_all_to_all": each device sends each other what is for it, however much that is, once per expert. Only tokens
+and gates travel, and how unevenly they go matters only where a device gets more than it has room for (then another
+round follows). So on a pod: 256 devices that share the experts have 64 rows of 2,048 tokens for each other on average,
+and some pair always much more. A v5e does not have it.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax import sharding
 from r1jax.model.config import ModelConfig, Paths
 from r1jax.model.experts import (
     LANES,
+    ROUTED,
     Weights,
     experts_own,
     experts_some,
@@ -65,7 +67,7 @@ def _all_to_all(
 ) -> Array:
     n, k = ids.shape
     each, peers = weights[0].shape[0], jax.lax.axis_size(held)
-    places = -(-int(slack * n * peers_per_token(config, peers)) // (peers * 8)) * 8
+    places = -(-max(1, int(slack * n * peers_per_token(config, peers))) // (peers * 8)) * 8
     if places >= n:  # as in decoding: every peer would get all tokens, and a gather takes more of a torus's links
         return _gather(x, ids, gates, weights, held, config, slack)
     room = int(slack * n * k)
@@ -96,7 +98,7 @@ def _all_to_all(
             jnp.take_along_axis(a, held_there, axis=1)
             for a in (jnp.where(is_there, wanted, -1), spread(gates, source, target))
         )
-        sent = swap(spread(x, source, target)), swap(wanted), swap(share)
+        sent = (checkpoint_name(swap(a), ROUTED) for a in (spread(x, source, target), wanted, share))
         return gather_sum(swap(experts_some(*sent, weights, room)), source, target)
 
     rounds = jax.lax.pmax(jnp.maximum(-(-goes.sum(1).max() // places), 1), held) if most > 1 else 1
@@ -161,7 +163,7 @@ def _ragged_all_to_all(
     sizes = counts.sum(2)
     begins = jnp.cumsum(sizes, 1) - sizes
     comes = jnp.cumsum(sizes, 0) - sizes  # where a sender's rows begin in all that a receiver gets
-    room = int(slack * n * k)
+    room = max(1, int(slack * n * k))
     room = -(-room // (tile := row_tile(room, 8))) * tile
 
     def one(r: Array | int, ints: tuple, floats: tuple) -> Array:
@@ -174,7 +176,7 @@ def _ragged_all_to_all(
         order, target = jnp.where(goes[order], order, -1), jnp.where(goes, target, -1)
         token, copies = jnp.where(order >= 0, order // k, -1), target.reshape(n, k)
         sent, share = (
-            _send(a, travel, (n * k, room), held).reshape(room, -1)
+            checkpoint_name(_send(a, travel, (n * k, room), held).reshape(room, -1), ROUTED)
             for a in (spread(_pieces(x), token, copies), _pieces(move(gates.reshape(-1, 1), order, target)))
         )
         ends = jnp.cumsum(counts[:, here].reshape(-1))  # by sender and expert

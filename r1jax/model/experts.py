@@ -19,7 +19,7 @@ from r1jax.model.quantize import Matrix, Quantized
 
 Weights = tuple[Matrix, Matrix, Matrix]  # gate and up [E, D, F], down [E, F, D]
 
-ROUTED = "routed"  # names what experts were given and made of it before their last product, for transformer.REMAT
+ROUTED = "routed"  # names what came to experts and what they made of it before their last product: transformer.REMAT
 FURTHER_ROUNDS = "further_rounds"  # names loops that seldom have anything to do: r1jax.plan counts on that
 FEW = 256  # rows per copy: as many operations as a TPU does while it moves a token once through memory
 TILE = 512  # rows of megablox's tile on TPU; its other sides below
@@ -183,7 +183,7 @@ def _grouped(
         run = _megablox  # of ragged_dot a tile has 128 rows, for which it reads a matrix anew: too few to be worth it
     if not isinstance(w, Quantized):
         return run(x, w, owner, sizes)
-    is_read = w.values.dtype == jnp.int8 and run is _ragged
+    is_read = w.values.dtype == jnp.int8 and run is _ragged and kind in READ_INT8
     y = run(x, w.values if is_read else w.values.astype(x.dtype), owner, sizes)
     scaled = y.reshape(owner.shape[0], -1, y.shape[-1]) * w.scale[owner]
     return scaled.reshape(y.shape).astype(x.dtype)
@@ -194,10 +194,15 @@ def _through(
 ) -> Float[Array, "r D"]:
     """Each block through its expert, times `share`: before the last product, whose result no gradient needs then."""
     gate, up, down = weights
-    h = checkpoint_name(h, ROUTED)
     opened, passed = (checkpoint_name(_grouped(h, w, owner, sizes), ROUTED) for w in (gate, up))
     h = jax.nn.silu(opened) * passed
     return _grouped(h if share is None else h * share.astype(h.dtype), down, owner, sizes)
+
+
+def _lengthen(source: Array, owner: Array, rows: int, block: int) -> tuple[Array, Array]:
+    """The same plan for so many rows; further ones are of no assignment."""
+    source = jnp.pad(source, (0, rows - source.shape[0]), constant_values=-1)
+    return source, jnp.pad(owner, (0, rows // block - owner.shape[0]), mode="edge")
 
 
 def experts_own(
@@ -213,6 +218,10 @@ def experts_own(
     if experts == 1 and m % block == 0:  # nothing to sort
         return _through(x, weights, jnp.zeros(m // block, jnp.int32), (ids == 0).sum(keepdims=True), share)
     source, target, owner, sizes = _plan(ids, experts, block)
+    rows = source.shape[0]
+    if sharding.platform() == "tpu":
+        rows = -(-rows // (tile := row_tile(rows, block))) * tile
+    source, owner = _lengthen(source, owner, rows, block)
     share = None if share is None else move(share, source, target)
     return move(_through(move(x, source, target), weights, owner, sizes, share), target, source)
 
@@ -250,8 +259,7 @@ def experts_some(
     tile = row_tile(room, block)
     room = min(-(-(room + experts * block) // tile) * tile, -(-source.shape[0] // tile) * tile)
     most = -(-source.shape[0] // room)
-    source = jnp.pad(source, (0, most * room - source.shape[0]), constant_values=-1)
-    owner = jnp.pad(owner, (0, source.shape[0] // block - owner.shape[0]), mode="edge")
+    source, owner = _lengthen(source, owner, most * room, block)
     ends = jnp.cumsum(sizes)
 
     def one(r: Array | int, ints: tuple, floats: tuple) -> Array:

@@ -196,35 +196,38 @@ def save_peft(
     hosts.atomic_write(folder / SETTINGS, json.dumps(described, indent=2) + "\n")
 
 
-def base_of(folder: pathlib.Path) -> str:
-    """Name or path of the released model that a folder's adapters belong to, as `save_peft` was told."""
-    return json.loads((folder / SETTINGS).read_text("utf-8"))["base_model_name_or_path"]
-
-
-def load_peft(folder: pathlib.Path, config: ModelConfig, lora: Lora) -> dict:
-    """What `save_peft` left, as arrays on the host.
+def settings(folder: pathlib.Path) -> tuple[Lora, str]:
+    """Size and place of the adapters that `save_peft` left, and the path of the model that they belong to.
 
     Raises:
-        ValueError: adapters of another size or at other places than `lora` asks for; a damaged file.
+        ValueError: a damaged file.
     """
     try:
         was = json.loads((folder / SETTINGS).read_text("utf-8"))
-        weights = load((folder / WEIGHTS).read_bytes())
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds a damaged file ({error}); begin anew under another --workdir") from error
-    out = shapes(config, lora)
-    stored = {
-        (name, ours): [f"base_model.model.{one.removesuffix('.weight')}.{theirs}.weight" for one in entry.names]
-        for name, entry in adapted(config, lora).items()
-        for theirs, ours in (("lora_A", "a"), ("lora_B", "b"))
-    }
-    is_alike = was["r"] == lora.rank and was["lora_alpha"] == lora.alpha
-    if not is_alike or weights.keys() != {one for names in stored.values() for one in names}:
-        targets = ", ".join(sorted({target.rpartition(".")[2] for target in was["target_modules"]}))
+        targets = sorted({target.rpartition(".")[2] for target in was["target_modules"]})
+        return Lora(was["r"], was["lora_alpha"], tuple(targets)), str(was["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / SETTINGS} is damaged ({error!r}); begin anew under another --workdir") from error
+
+
+def load_peft(folder: pathlib.Path, config: ModelConfig, lora: Lora) -> dict:
+    """What `save_peft` left with these settings, as arrays on the host.
+
+    Raises:
+        ValueError: a damaged file, or adapters of another model.
+    """
+    path, out = folder / WEIGHTS, shapes(config, lora)
+    try:
+        weights = load(path.read_bytes())
+        for name, entry in adapted(config, lora).items():
+            for theirs, ours in (("lora_A", "a"), ("lora_B", "b")):
+                stored = [f"base_model.model.{one.removesuffix('.weight')}.{theirs}.weight" for one in entry.names]
+                found = np.stack([weights[one] for one in stored])
+                if found.shape != out[KEY][name][ours].shape:
+                    raise ValueError(f"{stored[0]} is {found.shape[1:]}")
+                out[KEY][name][ours] = found
+    except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} holds adapters of rank {was['r']}, alpha {was['lora_alpha']:g} and targets {targets}; set "
-            "config.lora to these, or begin anew under another --workdir"
-        )
-    for (name, ours), names in stored.items():
-        out[KEY][name][ours] = np.stack([weights[one] for one in names])
+            f"{path} is damaged or of another model ({error}); begin anew under another --workdir"
+        ) from error
     return out

@@ -35,7 +35,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # What attention read and what it gave: a few numbers a token, which cost the most where rows are long.
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    # Also what came to the routed experts, so that tokens travel once, and their first products.
+    # Also the routed experts' first products and what came from other devices to them (if not by "gather", which brings
+    # everything), so that tokens travel there once.
     "experts": jax.checkpoint_policies.save_only_these_names(ATTENDED, ROUTED),
 }
 
