@@ -36,7 +36,7 @@ def adapters_of(config: Config, name: str, workdir: pathlib.Path) -> pathlib.Pat
     Where it left others, or none, its whole model gets fresh ones.
     """
     left, wanted = adapters_folder(workdir, name), config["lora"]
-    if not wanted["rank"] or not (left / lora.SETTINGS).exists():
+    if name == BASE or not wanted["rank"] or not (left / lora.SETTINGS).exists():
         return None
     was, _ = lora.settings(left)
     is_such = (was.rank, was.alpha, set(was.targets)) == (wanted["rank"], wanted["alpha"], set(wanted["targets"]))
@@ -53,9 +53,8 @@ def adapted_by(config: Config, start: str, workdir: pathlib.Path) -> Folder | No
     if folder_at(base).exists():
         return folder_at(base)
     # The run folder or the base has moved since.
-    *_, parent, name = pathlib.Path(base).parts
-    here = model_folder(workdir, name)
-    return folder_at(here) if parent == here.parent.name and here.exists() else None
+    here = model_folder(workdir, pathlib.Path(base).name)
+    return folder_at(here) if pathlib.Path(base).parent.name == here.parent.name and here.exists() else None
 
 
 def asked(config: Config, name: str, before: Sequence[str]) -> str:

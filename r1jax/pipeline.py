@@ -237,6 +237,8 @@ def execute(config: ConfigDict, workdir: str | os.PathLike[str]) -> Policy:
 
     def policy_of(name: str) -> Policy:
         weights, adapters = (of(config, name, folder) for of in (hand_over.adapted_by, hand_over.adapters_of))
+        if config.lora.rank and adapters is None and run.adapters_folder(folder, name).exists():
+            hosts.say(f"{name} left adapters of other settings than config.lora: its whole model gets fresh ones")
         return load_policy(config, layouts, weights, adapters)
 
     def sampler_of(name: str, before: Sequence[str]) -> Policy:

@@ -94,8 +94,10 @@ def test_a_stage_goes_on_with_the_adapters_of_the_one_before_in_one_go_or_in_two
     assert hand_over.adapters_of(both, *first) == tmp_path / "moved/adapters/first"
     assert hand_over.adapted_by(both, *first).root == str(finished["policy"])
     described = tmp_path / "moved/adapters/first/adapter_config.json"
-    described.write_text(described.read_text().replace(str(finished["policy"]), "/gone/models/first"))
-    assert hand_over.adapted_by(both, *first).root == str(tmp_path / "moved/models/first")
+    for moved, root in (("/gone/models/first", str(tmp_path / "moved/models/first")), ("gone", None)):
+        written = json.loads(described.read_text()) | {"base_model_name_or_path": moved}
+        described.write_text(json.dumps(written))
+        assert getattr(hand_over.adapted_by(both, *first), "root", None) == root
     (tmp_path / "moved/adapters/first/adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
         execute(both, tmp_path / "moved")
